@@ -1,0 +1,7 @@
+"""What every op shares. Nothing here knows an op by name, and nothing here imports torch or jax
+before a function that needs it is called.
+
+Reading order: ``problem`` (the nouns), ``registry`` (ops are folders), ``device`` (facts),
+``dispatch`` (who runs, and why), ``records`` (what tuning remembers), ``usage`` (what ran), then
+the workshop: ``roofline``, ``ahead_of_time``, ``measure``, ``tuner``, ``testing``, ``pallas``.
+"""

@@ -1,0 +1,8 @@
+"""The ops for JAX."""
+
+from __future__ import annotations
+
+from .binary_spherical_quantize.jax_op import BinarySphericalCodes, binary_spherical_quantize
+from .focal_frequency_loss.jax_op import focal_frequency_loss
+
+__all__ = ["BinarySphericalCodes", "binary_spherical_quantize", "focal_frequency_loss"]

@@ -1,0 +1,77 @@
+"""The JAX (Flax NNX) modules and functions. Each is imported from its file on first use.
+
+Files, class names, configs and channels-first shapes are those of :mod:`ml_networks.torch`; a
+module with parameters takes ``rngs=`` besides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ml_networks._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ml_networks.jax.activations import *
+    from ml_networks.jax.attention import *
+    from ml_networks.jax.base import *
+    from ml_networks.jax.layers import *
+    from ml_networks.jax.losses import *
+    from ml_networks.jax.utils import *
+    from ml_networks.jax.vision import *
+    from ml_networks.jax.vit import *
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    "activations": (
+        "Activation",
+        "CRReLU",
+        "L2Norm",
+        "REReLU",
+        "SiGLU",
+        "SwiGLU",
+        "TanhExp",
+    ),
+    "attention": ("Attention1d", "Attention2d"),
+    "base": ("BaseModule",),
+    "layers": (
+        "ConvNormActivation",
+        "ConvNormActivation1d",
+        "ConvTransposeNormActivation",
+        "ConvTransposeNormActivation1d",
+        "Identity",
+        "LinearNormActivation",
+        "MLPLayer",
+        "PatchEmbed",
+        "PositionalEncoding",
+        "ResidualBlock",
+        "SpatialSoftmax",
+        "TransformerLayer",
+        "get_norm",
+    ),
+    "losses": (
+        "FocalFrequencyLoss",
+        "binary_focal_loss",
+        "charbonnier",
+        "cross_entropy",
+        "focal_loss",
+        "soft_target_cross_entropy",
+    ),
+    "rngs": ("as_rngs",),
+    "utils": (
+        "count_nnx_params",
+        "get_optimizer",
+        "gumbel_softmax",
+        "jax_fix_seed",
+        "log_softmax",
+        "softmax",
+    ),
+    "vision": (
+        "ConvNet",
+        "ConvTranspose",
+        "Decoder",
+        "Encoder",
+        "ResNetPixShuffle",
+        "ResNetPixUnshuffle",
+    ),
+    "vit": ("ViT",),
+}
+__all__, __getattr__, __dir__ = lazy_names(__name__, _MODULES, "jax")

@@ -1,0 +1,49 @@
+"""What the training programs share: the device, one-line refusals, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import typer
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended, as shells have it."""
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """Set the event at the first Ctrl-C, so that a step is never cut in two; the second one
+    interrupts as usual."""
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def refuse(error: object) -> NoReturn:
+    """Answer bad input in one line and exit code 2."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(2)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device ``name``, or the GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        refuse(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
+    return device

@@ -1,0 +1,274 @@
+"""Contrastive losses between two views of the same samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ml_networks._compat import checked_keywords
+from ml_networks.config import ContrastiveLearningConfig, as_config
+from ml_networks.torch.base import Module
+from ml_networks.torch.layers import MLPLayer
+
+__all__ = ["ContrastiveLearningLoss"]
+
+Losses: TypeAlias = dict[str, Tensor]
+Embeddings: TypeAlias = tuple[Tensor, Tensor]
+
+
+def _precise(embedding: Tensor) -> Tensor:
+    """Return half-precision embeddings in float32: exponentials of their products follow."""
+    return embedding.float() if embedding.dtype in (torch.bfloat16, torch.float16) else embedding
+
+
+def _window_mean(sequence: Tensor, positive_range: int) -> Tensor:
+    """Mean over the positions within `positive_range` that exist, (batch, length, width)."""
+    return F.avg_pool1d(
+        sequence.mT,
+        2 * positive_range + 1,
+        stride=1,
+        padding=positive_range,
+        count_include_pad=False,
+    ).mT
+
+
+class _RowLogSumExp(torch.autograd.Function):
+    """log sum_j exp(a_i . b_j) for each row of a.
+
+    Its gradient is two products with the softmax of the scores, which are exponentiated once, in
+    their own memory. Left to autograd it takes three times the memory and twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        scores = a @ b.T
+        largest = scores.amax(1, keepdim=True)
+        exponentials = scores.sub_(largest).exp_()
+        total = exponentials.sum(1, keepdim=True)
+        ctx.save_for_backward(a, b, exponentials, total)
+        return (largest + total.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, exponentials, total = ctx.saved_tensors
+        gradient = gradient.unsqueeze(1)
+        if torch.is_grad_enabled():  # for second derivatives
+            exponentials = (a @ b.T).softmax(1)
+        else:
+            gradient = gradient / total
+        return gradient * (exponentials @ b), ((gradient * a).T @ exponentials).T
+
+
+@checked_keywords(contrastive_cfg="cfg", config="cfg")
+class ContrastiveLearningLoss(Module):
+    """Embeds two views of the same samples and compares them.
+
+    With embeddings a_i = f1(x1_i), b_i = f2(x2_i) of N samples (all batch dimensions together) and
+    s_ij = a_i . b_j, the losses are written beside each method. f1 and f2 are one network when
+    both inputs have the same width.
+
+    Losses are computed in float32 at least, and keep the batch dimensions: take ``.mean()``.
+
+    Parameters
+    ----------
+    dim_input1, dim_input2
+        Widths of the two inputs.
+    cfg
+        The :class:`~ml_networks.config.ContrastiveLearningConfig`. With its `cross_entropy_like`
+        the NCE losses are the same numbers, returned without the two terms they are made of.
+
+    Raises
+    ------
+    ValueError
+        When called with inputs of another width, or of different batch dimensions.
+    """
+
+    def __init__(self, dim_input1: int, dim_input2: int, cfg: ContrastiveLearningConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, ContrastiveLearningConfig, what="ContrastiveLearningLoss cfg")
+        self.cfg = cfg
+        self.dim_feature = cfg.dim_feature
+        self.dim_input1 = dim_input1
+        self.dim_input2 = dim_input2
+        self.is_ce_like = cfg.cross_entropy_like
+        self.eval_func = MLPLayer(dim_input1, cfg.dim_feature, cfg.eval_func)
+        self.eval_func2 = (
+            self.eval_func
+            if dim_input1 == dim_input2
+            else MLPLayer(dim_input2, cfg.dim_feature, cfg.eval_func)
+        )
+
+    def forward(self, feature1: Tensor, feature2: Tensor) -> Losses:
+        """Return :meth:`calc_nce` of the two inputs."""
+        losses, _ = self._nce(*self._embed(feature1, feature2))
+        return losses
+
+    def calc_nce(
+        self, feature1: Tensor, feature2: Tensor, return_emb: bool = False
+    ) -> Losses | tuple[Losses, Embeddings]:
+        """Noise-contrastive estimation (InfoNCE, https://arxiv.org/abs/1807.03748).
+
+        ``nce_i = log(1/N sum_j exp s_ij) - s_ii``.
+
+        Parameters
+        ----------
+        feature1, feature2
+            ``(*batch, dim_input1)`` and ``(*batch, dim_input2)``.
+        return_emb
+            Return the embeddings too.
+
+        Returns
+        -------
+        dict, or (dict, (embedding1, embedding2))
+            ``"nce"`` (*batch); unless `cross_entropy_like`, also the means of its two terms
+            without gradient, ``"positive"`` (s_ii) and ``"negative"`` (the logarithm). The
+            embeddings are ``(*batch, dim_feature)``.
+        """
+        embeddings = self._embed(feature1, feature2)
+        losses, _ = self._nce(*embeddings)
+        return (losses, embeddings) if return_emb else losses
+
+    def calc_sigmoid(
+        self,
+        feature1: Tensor,
+        feature2: Tensor,
+        return_emb: bool = False,
+        temperature: float | Tensor = 0.1,
+        bias: float | Tensor = 0.0,
+    ) -> Losses | tuple[Losses, Embeddings]:
+        """Pairwise sigmoid loss (SigLIP, https://arxiv.org/abs/2303.15343).
+
+        ``sigmoid_i = -sum_j log sigmoid(z_ij (temperature s_ij + bias))``, z_ij = 1 if i = j,
+        else -1.
+
+        Parameters
+        ----------
+        feature1, feature2, return_emb
+            As in :meth:`calc_nce`.
+        temperature
+            Multiplies the products. Default 0.1.
+        bias
+            Added to them. Default 0.
+
+        Returns
+        -------
+        dict, or (dict, (embedding1, embedding2))
+            ``"sigmoid"`` (*batch).
+        """
+        embeddings = self._embed(feature1, feature2)
+        first, second = (_precise(embedding).flatten(0, -2) for embedding in embeddings)
+        with torch.autocast(first.device.type, enabled=False):
+            logits = first @ second.T * temperature + bias
+        # -log sigmoid(z) = softplus(-z); the positive pairs' sign is put right on the diagonal.
+        loss = F.softplus(logits).sum(1) - logits.diagonal()
+        losses = {"sigmoid": loss.reshape(embeddings[0].shape[:-1])}
+        return (losses, embeddings) if return_emb else losses
+
+    def calc_timeseries_nce(
+        self,
+        feature1: Tensor,
+        feature2: Tensor,
+        positive_range_self: int = 0,
+        positive_range_tgt: int = 0,
+        return_emb: bool = False,
+    ) -> Losses | tuple[Losses, Embeddings]:
+        """NCE of time series whose near positions are positives too.
+
+        ``nce_t = log(1/N sum_j exp s_tj) - s_tt - m(a_t, a) - m(b_t, b) - m'(a_t, b)``: m is the
+        mean product of the position with those at most `positive_range_self` before or after it
+        (itself included) in the same series, m' the same with `positive_range_tgt`. At the ends
+        of a series the mean is over the positions that exist. A range of 0 leaves its terms out.
+
+        Parameters
+        ----------
+        feature1, feature2
+            ``(*batch, length, dim_input1)`` and ``(*batch, length, dim_input2)``.
+        positive_range_self, positive_range_tgt
+            The two ranges. Default 0.
+        return_emb
+            Return the embeddings too.
+
+        Returns
+        -------
+        dict, or (dict, (embedding1, embedding2))
+            ``"nce"`` (*batch, length). With a range above 0 always, and otherwise unless
+            `cross_entropy_like`: the means of the terms without gradient, ``"positive"``,
+            ``"negative"``, ``"self_positive_1"``, ``"self_positive_2"``, ``"tgt_positive"``.
+
+        Raises
+        ------
+        ValueError
+            For a negative range.
+        """
+        for name, value in (
+            ("positive_range_self", positive_range_self),
+            ("positive_range_tgt", positive_range_tgt),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        embeddings = self._embed(feature1, feature2)
+        if feature1.dim() < 2:
+            raise ValueError(
+                f"time series need shape (*batch, length, width), got {tuple(feature1.shape)}"
+            )
+        losses, terms = self._nce(*embeddings)
+        nce = losses["nce"]
+        # The mean of products is the product with the mean: no (length x length) tensor.
+        first, second = (_precise(embedding) for embedding in embeddings)
+        length, width = first.shape[-2:]
+        positives: Losses = {}
+
+        def near(query: Tensor, key: Tensor, positive_range: int) -> Tensor:
+            mean = _window_mean(key.reshape(-1, length, width), min(positive_range, length - 1))
+            return (query * mean.reshape(query.shape)).sum(-1)
+
+        if positive_range_self:
+            positives["self_positive_1"] = near(first, first, positive_range_self)
+            positives["self_positive_2"] = near(second, second, positive_range_self)
+        if positive_range_tgt:
+            positives["tgt_positive"] = near(first, second, positive_range_tgt)
+        if positives:
+            for positive in positives.values():
+                nce = nce - positive
+            means = {name: value.detach().mean() for name, value in (terms | positives).items()}
+            losses = means | {"nce": nce}
+        return (losses, embeddings) if return_emb else losses
+
+    def _embed(self, feature1: Tensor, feature2: Tensor) -> Embeddings:
+        for name, feature, width in (
+            ("feature1", feature1, self.dim_input1),
+            ("feature2", feature2, self.dim_input2),
+        ):
+            if feature.dim() < 2 or feature.shape[-1] != width:
+                raise ValueError(
+                    f"{name} must have shape (*batch, {width}), got {tuple(feature.shape)}"
+                )
+        if feature1.shape[:-1] != feature2.shape[:-1]:
+            raise ValueError(
+                "feature1 and feature2 must have the same batch dimensions, got shapes "
+                f"{tuple(feature1.shape)} and {tuple(feature2.shape)}"
+            )
+        return self.eval_func(feature1), self.eval_func2(feature2)
+
+    def _nce(self, embedding1: Tensor, embedding2: Tensor) -> tuple[Losses, Losses]:
+        """Return the losses of :meth:`calc_nce`, and the two terms of each sample."""
+        batch = embedding1.shape[:-1]
+        first, second = (
+            _precise(embedding).flatten(0, -2) for embedding in (embedding1, embedding2)
+        )
+        with torch.autocast(first.device.type, enabled=False):
+            if torch.compiler.is_compiling():  # which fuses the plain form itself
+                negative = torch.logsumexp(first @ second.T, 1)
+            else:
+                negative = _RowLogSumExp.apply(first, second)
+        positive = (first * second).sum(-1)
+        negative = negative - math.log(max(first.shape[0], 1))
+        losses = {"nce": (negative - positive).reshape(batch)}
+        terms = {"positive": positive.detach(), "negative": negative.detach()}
+        if not self.is_ce_like:
+            losses = {name: term.mean() for name, term in terms.items()} | losses
+        return losses, terms

@@ -1,0 +1,659 @@
+"""Layers: linear and convolution with norm and activation, residual, transformer, pooling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ml_networks._compat import checked_keywords, did_you_mean, moved_attributes
+from ml_networks._geometry import conv_norm, conv_width, is_glu, residual_plan, transpose_padding
+from ml_networks.config import (
+    ConvConfig,
+    LinearConfig,
+    MLPConfig,
+    SpatialSoftmaxConfig,
+    TransformerConfig,
+    as_config,
+)
+from ml_networks.torch.activations import Activation
+from ml_networks.torch.base import Module
+
+__all__ = [
+    "ConvNormActivation",
+    "ConvNormActivation1d",
+    "ConvTransposeNormActivation",
+    "ConvTransposeNormActivation1d",
+    "HorizonShuffle",
+    "HorizonUnShuffle",
+    "LinearNormActivation",
+    "MLPLayer",
+    "PatchEmbed",
+    "PositionalEncoding",
+    "ResidualBlock",
+    "SpatialSoftmax",
+    "TransformerLayer",
+    "get_norm",
+]
+
+__getattr__ = moved_attributes(
+    __name__,
+    {
+        "Attention1d": "ml_networks.torch.attention",
+        "Attention2d": "ml_networks.torch.attention",
+    },
+)
+
+_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+    "group": nn.GroupNorm,
+    "batch2d": nn.BatchNorm2d,
+    "batch1d": nn.BatchNorm1d,
+}
+
+
+def get_norm(norm: str, **kwargs: Any) -> nn.Module:
+    """Make a normalisation layer by name.
+
+    Parameters
+    ----------
+    norm
+        ``"layer"``, ``"rms"``, ``"group"``, ``"batch2d"``, ``"batch1d"`` or ``"none"``.
+    **kwargs
+        Arguments of the torch class (``normalized_shape``, ``num_groups``, ``eps``, ...);
+        ignored for ``"none"``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if norm == "none":
+        return nn.Identity()
+    if norm not in _NORMS:
+        raise ValueError(
+            f"norm must be one of {', '.join(_NORMS)}, none, got {norm!r}"
+            f"{did_you_mean(norm, (*_NORMS, 'none')) if isinstance(norm, str) else ''}"
+        )
+    return _NORMS[norm](**kwargs)
+
+
+def _conv_norm(cfg: ConvConfig, channels: int, dimensions: int) -> nn.Module:
+    """Return the norm of a convolution's ``channels`` feature maps."""
+    norm, arguments = conv_norm(cfg, channels)
+    return get_norm(f"batch{dimensions}d" if norm == "batch" else norm, **arguments)
+
+
+def _conv_activation(name: str, dim: int = -1) -> Activation:
+    """Return the activation of a tensor of which nothing else needs the value."""
+    # The derivative of ReLU needs its output alone, so feature maps need not be copied.
+    return Activation(name, dim=dim, **({"inplace": True} if name == "ReLU" else {}))
+
+
+def _dropout(probability: float) -> nn.Module:
+    return nn.Dropout(probability) if probability > 0 else nn.Identity()
+
+
+@checked_keywords()
+class LinearNormActivation(nn.Module):
+    """Linear layer, norm, activation, dropout; with ``norm_first`` the norm precedes the layer.
+
+    An activation with "glu" in its name gets twice ``output_dim`` and halves it.
+
+    Parameters
+    ----------
+    input_dim, output_dim
+        Widths.
+    cfg
+        The layer's :class:`~ml_networks.config.LinearConfig`.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, cfg: LinearConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, LinearConfig, what="LinearNormActivation cfg")
+        width = 2 * output_dim if is_glu(cfg.activation) else output_dim
+        norm_width = input_dim if cfg.norm_first else width
+        self.cfg = cfg
+        self.linear = nn.Linear(input_dim, width, bias=cfg.bias)
+        self.norm = get_norm(cfg.norm, **{**cfg.norm_cfg, "normalized_shape": norm_width})
+        self.activation = Activation(cfg.activation)
+        self.dropout = _dropout(cfg.dropout)
+        self.norm_first = cfg.norm_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., input_dim) to (..., output_dim)."""
+        x = self.linear(self.norm(x)) if self.norm_first else self.norm(self.linear(x))
+        output: Tensor = self.dropout(self.activation(x))
+        return output
+
+
+@checked_keywords(mlp_config="cfg", mlp_cfg="cfg")
+class MLPLayer(Module):
+    """Multi-layer perceptron: hidden layers of equal width and an output layer.
+
+    The output layer shares the hidden layers' config except that it has ``output_activation``
+    and no norm. There is always at least one hidden layer, also for ``n_layers=0``.
+
+    Parameters
+    ----------
+    input_dim, output_dim
+        Widths.
+    cfg
+        The :class:`~ml_networks.config.MLPConfig`; ``mlp_config`` is another name for it.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, cfg: MLPConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, MLPConfig, what="MLPLayer cfg")
+        self.cfg = cfg
+        self.input_dim = input_dim
+        self.output_dim = output_dim
+        self.hidden_dim = cfg.hidden_dim
+        self.n_layers = cfg.n_layers
+        widths = [input_dim, *[cfg.hidden_dim] * max(cfg.n_layers, 1)]
+        output_cfg = dataclasses.replace(
+            cfg.linear_cfg, activation=cfg.output_activation, norm="none"
+        )
+        self.dense = nn.Sequential(
+            *(
+                LinearNormActivation(before, after, cfg.linear_cfg)
+                for before, after in pairwise(widths)
+            ),
+            LinearNormActivation(widths[-1], output_dim, output_cfg),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., input_dim) to (..., output_dim)."""
+        output: Tensor = self.dense(x)
+        return output
+
+
+@checked_keywords()
+class ConvNormActivation(nn.Module):
+    """2-d convolution, norm, pixel (un)shuffle, activation, dropout.
+
+    With ``norm_first`` the norm precedes the convolution. With ``scale_factor`` s > 0 the
+    convolution makes s^2 times the channels, which a pixel shuffle turns into an image s times
+    as large; with s < 0 a pixel unshuffle makes it |s| times as small. An activation with "glu"
+    in its name gets twice the channels and halves them.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels of input and output.
+    cfg
+        The layer's :class:`~ml_networks.config.ConvConfig`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, cfg: ConvConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, ConvConfig, what="ConvNormActivation cfg")
+        width = conv_width(out_channels, cfg, 2)
+        self.cfg = cfg
+        self.conv = nn.Conv2d(
+            in_channels,
+            width,
+            cfg.kernel_size,
+            cfg.stride,
+            cfg.padding,
+            cfg.dilation,
+            cfg.groups,
+            cfg.bias,
+            cfg.padding_mode,  # type: ignore[arg-type]
+        )
+        self.norm = _conv_norm(cfg, in_channels if cfg.norm_first else width, dimensions=2)
+        self.pixel_shuffle: nn.Module = nn.Identity()
+        if cfg.scale_factor > 0:
+            self.pixel_shuffle = nn.PixelShuffle(cfg.scale_factor)
+        elif cfg.scale_factor < 0:
+            self.pixel_shuffle = nn.PixelUnshuffle(-cfg.scale_factor)
+        self.activation = _conv_activation(cfg.activation, dim=-3)
+        self.dropout = _dropout(cfg.dropout)
+        self.norm_first = cfg.norm_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) or (C, H, W) to feature maps of the same rank."""
+        x = self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
+        output: Tensor = self.dropout(self.activation(self.pixel_shuffle(x)))
+        return output
+
+
+class HorizonShuffle(nn.Module):
+    """Pixel shuffle along one dimension: y[..., c, t u + i] = x[..., c u + i, t].
+
+    Parameters
+    ----------
+    upscale_factor
+        u. Default 2.
+    """
+
+    def __init__(self, upscale_factor: int = 2) -> None:
+        super().__init__()
+        self.upscale_factor = upscale_factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C u, T) to (..., C, T u)."""
+        return x.unflatten(-2, (-1, self.upscale_factor)).transpose(-1, -2).flatten(-2)
+
+
+class HorizonUnShuffle(nn.Module):
+    """Inverse of :class:`HorizonShuffle`: y[..., c d + i, t] = x[..., c, t d + i].
+
+    Parameters
+    ----------
+    downscale_factor
+        d. Default 2.
+    """
+
+    def __init__(self, downscale_factor: int = 2) -> None:
+        super().__init__()
+        self.downscale_factor = downscale_factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C, T d) to (..., C d, T)."""
+        return x.unflatten(-1, (-1, self.downscale_factor)).transpose(-1, -2).flatten(-3, -2)
+
+
+@checked_keywords()
+class ConvNormActivation1d(nn.Module):
+    """1-d convolution, (un)shuffle along the length, norm, activation, dropout.
+
+    As :class:`ConvNormActivation`, but the shuffle comes before the norm, and a scale factor s
+    changes the channels |s|-fold.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels of input and output.
+    cfg
+        The layer's :class:`~ml_networks.config.ConvConfig`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, cfg: ConvConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, ConvConfig, what="ConvNormActivation1d cfg")
+        gated = 2 * out_channels if is_glu(cfg.activation) else out_channels
+        self.cfg = cfg
+        self.conv = nn.Conv1d(
+            in_channels,
+            conv_width(out_channels, cfg, 1),
+            cfg.kernel_size,
+            cfg.stride,
+            cfg.padding,
+            cfg.dilation,
+            cfg.groups,
+            cfg.bias,
+            cfg.padding_mode,  # type: ignore[arg-type]
+        )
+        self.horizontal_shuffle: nn.Module = nn.Identity()
+        if cfg.scale_factor > 0:
+            self.horizontal_shuffle = HorizonShuffle(cfg.scale_factor)
+        elif cfg.scale_factor < 0:
+            self.horizontal_shuffle = HorizonUnShuffle(-cfg.scale_factor)
+        self.norm = _conv_norm(cfg, in_channels if cfg.norm_first else gated, dimensions=1)
+        self.activation = _conv_activation(cfg.activation, dim=-2)
+        self.dropout = _dropout(cfg.dropout)
+        self.norm_first = cfg.norm_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, L) or (C, L) to feature maps of the same rank."""
+        if self.norm_first:
+            x = self.horizontal_shuffle(self.conv(self.norm(x)))
+        else:
+            x = self.norm(self.horizontal_shuffle(self.conv(x)))
+        output: Tensor = self.dropout(self.activation(x))
+        return output
+
+
+class _ConvTransposeNormActivation(nn.Module):
+    """Transposed convolution, norm, activation, dropout, in one or two dimensions."""
+
+    dimensions: int
+    conv_class: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        cfg: ConvConfig,
+        output_padding: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        cfg = as_config(cfg, ConvConfig, what=f"{type(self).__name__} cfg")
+        padding = transpose_padding(cfg, output_padding, self.dimensions, type(self).__name__)
+        width = 2 * out_channels if is_glu(cfg.activation) else out_channels
+        self.cfg = cfg
+        self.conv = self.conv_class(
+            in_channels,
+            width,
+            cfg.kernel_size,
+            cfg.stride,
+            cfg.padding,
+            padding,  # type: ignore[arg-type]
+            cfg.groups,
+            cfg.bias,
+            cfg.dilation,
+        )
+        self.norm = _conv_norm(cfg, width, self.dimensions)
+        self.activation = _conv_activation(cfg.activation, dim=-1 - self.dimensions)
+        self.dropout = _dropout(cfg.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W), or (B, C, L) in one dimension, to feature maps of the same rank."""
+        output: Tensor = self.dropout(self.activation(self.norm(self.conv(x))))
+        return output
+
+
+@checked_keywords()
+class ConvTransposeNormActivation(_ConvTransposeNormActivation):
+    """2-d transposed convolution, norm, activation, dropout.
+
+    ``norm_first``, ``scale_factor`` and ``padding_mode`` of the config have no meaning here and
+    are not used. An activation with "glu" in its name gets twice the channels and halves them.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels of input and output.
+    cfg
+        The layer's :class:`~ml_networks.config.ConvConfig`.
+    output_padding
+        (rows, columns) added to the output, instead of the config's ``output_padding``.
+    """
+
+    dimensions = 2
+    conv_class = nn.ConvTranspose2d
+
+
+@checked_keywords()
+class ConvTransposeNormActivation1d(_ConvTransposeNormActivation):
+    """1-d transposed convolution, norm, activation, dropout.
+
+    ``norm_first``, ``scale_factor`` and ``padding_mode`` of the config have no meaning here and
+    are not used. An activation with "glu" in its name gets twice the channels and halves them.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels of input and output.
+    cfg
+        The layer's :class:`~ml_networks.config.ConvConfig`.
+    output_padding
+        (positions,) added to the output, instead of the config's ``output_padding``.
+    """
+
+    dimensions = 1
+    conv_class = nn.ConvTranspose1d
+
+
+@checked_keywords()
+class ResidualBlock(nn.Module):
+    """Residual block, y = act(shortcut(x) + conv(act(conv(x)))).
+
+    It is built either from ``in_channels``, ``out_channels`` and ``conv_cfg``, or from
+    ``in_features``, ``kernel_size`` and the fields of a convolution that follow. The shortcut is
+    the identity, or a 1x1 convolution where channels or size change. A gated activation (GLU)
+    cannot follow the sum, whose channels it would halve, so there y = x + act(conv(act(conv(x)))).
+
+    Parameters
+    ----------
+    in_features
+        Channels of input and output.
+    kernel_size
+        Odd; the padding keeps the size.
+    activation, norm, norm_cfg, dropout, padding_mode
+        As in :class:`~ml_networks.config.ConvConfig`.
+    in_channels, out_channels
+        Channels of input and output; ``out_channels`` defaults to ``in_channels``.
+    conv_cfg
+        Both convolutions. Its stride is the first one's. Its padding must keep the size at
+        stride 1, and ``scale_factor`` must be 0.
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        kernel_size: int | None = None,
+        activation: str = "ReLU",
+        norm: str = "none",
+        norm_cfg: dict[str, Any] | None = None,
+        dropout: float = 0.0,
+        padding_mode: str = "zeros",
+        *,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        conv_cfg: ConvConfig | None = None,
+    ) -> None:
+        super().__init__()
+        plan = residual_plan(
+            in_features,
+            kernel_size,
+            in_channels,
+            out_channels,
+            conv_cfg,
+            activation=activation,
+            norm=norm,
+            norm_cfg=norm_cfg or {},
+            dropout=dropout,
+            padding_mode=padding_mode,
+        )
+        self.conv_block = nn.Sequential(
+            ConvNormActivation(plan.in_channels, plan.out_channels, plan.first),
+            ConvNormActivation(plan.out_channels, plan.out_channels, plan.last),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if plan.changes_shape:
+            self.shortcut = nn.Conv2d(plan.in_channels, plan.out_channels, 1, plan.first.stride)
+        self.activation = _conv_activation("Identity" if plan.gated else plan.first.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to feature maps of the same size (at stride 1)."""
+        output: Tensor = self.activation(self.shortcut(x) + self.conv_block(x))
+        return output
+
+
+@checked_keywords()
+class TransformerLayer(nn.Module):
+    """A stack of post-norm transformer encoder layers with projections in and out.
+
+    ``in_proj`` (linear, layer norm, hidden activation) is there only if ``input_dim`` differs
+    from ``d_model``. ``output_dim=0`` leaves out the linear output projection; the output
+    activation stays.
+
+    Parameters
+    ----------
+    input_dim, output_dim
+        Widths of the tokens before and after.
+    cfg
+        The :class:`~ml_networks.config.TransformerConfig`. A gated hidden activation (GLU) does
+        not fit a transformer's feed-forward layers and raises ValueError.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, cfg: TransformerConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, TransformerConfig, what="TransformerLayer cfg")
+        if is_glu(cfg.hidden_activation):
+            raise ValueError(
+                "TransformerLayer needs a hidden_activation that keeps the width, got "
+                f"{cfg.hidden_activation!r}"
+            )
+        self.d_model = cfg.d_model
+        self.input_dim = input_dim
+        self.output_dim = output_dim
+        self.nhead = cfg.nhead
+        self.dim_feedforward = cfg.dim_ff
+        self.n_layers = cfg.n_layers
+        self.in_proj: nn.Module = nn.Identity()
+        if input_dim != cfg.d_model:
+            self.in_proj = nn.Sequential(
+                nn.Linear(input_dim, cfg.d_model),
+                nn.LayerNorm(cfg.d_model),
+                Activation(cfg.hidden_activation),
+            )
+        gate = 2 if is_glu(cfg.output_activation) else 1
+        output_activation = Activation(cfg.output_activation)
+        self.out_proj: nn.Module = output_activation
+        if output_dim:
+            projection = nn.Linear(cfg.d_model, gate * output_dim)
+            self.out_proj = nn.Sequential(projection, output_activation)
+        # A named child gives the layers the keys transformer.layers.{i} of nn.TransformerEncoder,
+        # which would make them all copies of one layer, with equal initial weights.
+        layers = nn.Sequential(*(self._layer(cfg) for _ in range(cfg.n_layers)))
+        self.transformer = nn.Sequential()
+        self.transformer.add_module("layers", layers)
+
+    @staticmethod
+    def _layer(cfg: TransformerConfig) -> nn.TransformerEncoderLayer:
+        # Given as functions, these two let torch choose its fused layer for inference.
+        functions: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "GELU": F.gelu}
+        activation = functions.get(cfg.hidden_activation) or Activation(cfg.hidden_activation)
+        return nn.TransformerEncoderLayer(
+            cfg.d_model, cfg.nhead, cfg.dim_ff, cfg.dropout, activation, batch_first=True
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Checkpoints of 0.2.6 carry one more layer that took no part in the computation.
+        for key in [key for key in state_dict if key.startswith(f"{prefix}transformer_layer.")]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, input_dim) to (B, L, output_dim)."""
+        output: Tensor = self.out_proj(self.transformer(self.in_proj(x)))
+        return output
+
+
+@checked_keywords()
+class PositionalEncoding(nn.Module):
+    """Sinusoidal position code, added to the input (arXiv 1706.03762).
+
+    ``pe[t, 2 i] = sin(t / 10000^(2 i / d_model))``, ``pe[t, 2 i + 1] = cos(...)`` of the same.
+
+    Parameters
+    ----------
+    d_model
+        Width of the tokens.
+    dropout
+        Dropout probability after the addition. Default 0.
+    max_len
+        Longest sequence. Default 5000.
+    """
+
+    pe: Tensor
+
+    def __init__(self, d_model: int, dropout: float = 0.0, max_len: int = 5000) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        position = torch.arange(max_len)[:, None]
+        frequency = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
+        pe = torch.zeros(1, max_len, d_model)
+        pe[0, :, 0::2] = torch.sin(position * frequency)
+        pe[0, :, 1::2] = torch.cos(position * frequency[: d_model // 2])
+        self.register_buffer("pe", pe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, d_model) to the same shape, L <= max_len."""
+        if x.shape[-2] > self.pe.shape[1]:
+            raise ValueError(
+                f"PositionalEncoding was made for max_len={self.pe.shape[1]}, got a sequence of "
+                f"{x.shape[-2]}"
+            )
+        output: Tensor = self.dropout(x + self.pe[:, : x.shape[-2]])
+        return output
+
+
+@checked_keywords(embed_dim="emb_dim")
+class PatchEmbed(nn.Module):
+    """Cut an image into square patches and embed each linearly.
+
+    Parameters
+    ----------
+    emb_dim
+        Width of the embeddings; ``embed_dim`` is another name for it.
+    patch_size
+        Side of a patch.
+    obs_shape
+        (C, H, W) of the images; H and W must be divisible by ``patch_size``.
+    in_channels
+        Instead of ``obs_shape``: the channels alone, for images of any divisible size.
+    """
+
+    def __init__(
+        self,
+        emb_dim: int,
+        patch_size: int,
+        obs_shape: tuple[int, int, int] | None = None,
+        *,
+        in_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if obs_shape is not None:
+            if in_channels not in (None, obs_shape[0]):
+                raise ValueError(
+                    f"PatchEmbed got in_channels={in_channels} and obs_shape={obs_shape}, "
+                    "whose first entry must be the same"
+                )
+            in_channels = obs_shape[0]
+        if in_channels is None:
+            raise TypeError("PatchEmbed needs obs_shape or in_channels")
+        self.patch_size = patch_size
+        if obs_shape is not None:
+            self._check_size(obs_shape)
+        self.patch_emb_layer = nn.Conv2d(in_channels, emb_dim, patch_size, patch_size)
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        if shape[-2] % self.patch_size or shape[-1] % self.patch_size:
+            raise ValueError(
+                "PatchEmbed needs height and width divisible by "
+                f"patch_size={self.patch_size}, got {tuple(shape)}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, H W / patch_size^2, emb_dim), patches row by row."""
+        self._check_size(x.shape)
+        output: Tensor = self.patch_emb_layer(x).flatten(2).transpose(1, 2)
+        return output
+
+
+@checked_keywords()
+class SpatialSoftmax(nn.Module):
+    """Expected position of each feature map (arXiv 1504.00702).
+
+    ``p = softmax(x / temperature)`` over the positions, ``out = (sum p * column, sum p * row)``
+    with columns and rows running from -1 to 1. With ``is_argmax`` or ``is_straight_through`` the
+    position of the maximum, with the gradient of the expected one.
+
+    Parameters
+    ----------
+    cfg
+        The :class:`~ml_networks.config.SpatialSoftmaxConfig`.
+    """
+
+    def __init__(self, cfg: SpatialSoftmaxConfig) -> None:
+        super().__init__()
+        cfg = as_config(cfg, SpatialSoftmaxConfig, what="SpatialSoftmax cfg")
+        self.temperature = cfg.temperature
+        self.is_argmax = cfg.is_argmax or cfg.is_straight_through
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, H, W) to (B, N, 2), (x, y) of each feature map in [-1, 1]."""
+        height, width = x.shape[-2:]
+        columns = torch.linspace(-1.0, 1.0, width, device=x.device, dtype=x.dtype)
+        rows = torch.linspace(-1.0, 1.0, height, device=x.device, dtype=x.dtype)
+        scores = x.flatten(-2)
+        weights = torch.softmax(scores / self.temperature, -1).view_as(x)
+        expected = torch.stack([weights.sum(-2) @ columns, weights.sum(-1) @ rows], -1)
+        if not self.is_argmax:
+            return expected
+        index = scores.argmax(-1)
+        position = torch.stack([columns[index % width], rows[index // width]], -1)
+        return position + (expected - expected.detach())

@@ -1,0 +1,117 @@
+"""Real machine code for every kernel and every chip, with no GPU: in the config that dispatch
+chooses there, each kernel compiles, spills nothing, fits and uses tensor cores where it has a dot;
+and every Pallas kernel lowers for CUDA and TPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+
+from ml_networks.kernels.core import ahead_of_time, device, dispatch, pallas, registry
+from ml_networks.kernels.core.errors import KernelError, UnknownNameError
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
+
+OPS = sorted(registry.ops())
+GPUS = sorted(name for name in device.TARGETS if name != "tpu")
+compiles = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="TRITON_INTERPRET=1: this process cannot compile kernels",
+)
+
+
+@compiles
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("op", OPS)
+def test_chosen_kernels_are_clean(op: str, target: str) -> None:
+    complaints = {
+        f"{problem} {resources.kernel}": resources.complaints
+        for problem, kernels in ahead_of_time.chosen(registry.get(op), device.target(target))
+        for resources in kernels
+        if not resources.clean
+    }
+    assert not complaints
+
+
+@compiles
+def test_every_op_has_a_kernel_on_hopper() -> None:
+    for op in registry.ops().values():
+        kernels = [k for _, ks in ahead_of_time.chosen(op, device.target("sm_90")) for k in ks]
+        assert kernels, op.name
+        assert all(kernel.registers > 0 and kernel.occupancy > 0 for kernel in kernels)
+
+
+@compiles
+def test_a_spilling_kernel_is_seen() -> None:
+    from tests.kernels.toy_op import triton_kernel
+    from tests.kernels.toy_op.spec import Config
+
+    toy = registry.get("toy_square")
+    problem = toy.spec.CASES[0].problem(toy.name)
+    (wide,) = triton_kernel.compilations(problem, Config(1 << 14, 1), device.target("sm_90"))
+    found = ahead_of_time.compile_for(wide, device.target("sm_90"))
+    assert not found.clean
+    assert found.spill_bytes > 0
+
+
+def test_an_interpreting_process_says_that_it_cannot_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    toy = registry.get("toy_square")
+    problem = toy.spec.CASES[2].problem(toy.name)
+    with pytest.raises(KernelError, match="cannot compile"):
+        ahead_of_time.inspect(toy, problem, device.target("sm_90"))
+
+
+def test_an_unknown_target_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="sm_90"):
+        device.target("sm90")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "tpu"])
+@pytest.mark.parametrize("op", OPS)
+def test_pallas_kernels_lower(op: str, target: str) -> None:
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    found = registry.get(op)
+    binding = found.binding("jax")
+    lowered = 0
+    for case in found.spec.CASES:
+        for dtype in ("float32", "bfloat16"):
+            problems = [case.problem(op, dtype, way) for way in found.spec.DIRECTIONS]
+            chip = device.target(target)
+            if any(found.spec.not_supported_reasons(p, "pallas", chip) for p in problems):
+                continue
+            arrays = {
+                name: jax.ShapeDtypeStruct(value.shape, dtype if value.dtype.kind == "f" else "i4")
+                for name, value in found.reference.make_inputs(case, 0).items()
+                if value.size < 1 << 24
+            }
+            call = functools.partial(_call_and_pull, binding, dict(case.flags))
+            text = pallas.lower(call, arrays, target_name=target)
+            assert "custom_call" in text
+            lowered += 1
+    assert lowered, f"no case of {op} lowers for {target}"
+
+
+def _call_and_pull(binding: registry.Binding, flags: dict, inputs: dict) -> object:
+    """The op and its gradients, so that the backward kernels lower too."""
+    import jax
+    import jax.numpy as jnp
+
+    def floating(values: dict) -> dict:
+        outputs = binding.call({**inputs, **values}, flags, "pallas")
+        return {k: v for k, v in outputs.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+
+    outputs, pull = jax.vjp(floating, {name: inputs[name] for name in binding.differentiable})
+    return outputs, pull(jax.tree.map(jnp.ones_like, outputs))
+
+
+def test_lowering_leaves_no_trace() -> None:
+    pytest.importorskip("jax", reason="jax is not installed")
+    with pallas.lowering_for("sm_90"):
+        assert dispatch.current_device("jax").target == "sm_90"
+    assert dispatch.current_device("jax").platform == "cpu"

@@ -1,0 +1,1 @@
+"""A third op, outside the package: proof that adding one needs no change to ``core``."""
