@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_networks.tasks.images.pictures import _figure, _save
+from ml_networks.tasks.figures import figure, save_figure
 
 
 class Epoch(NamedTuple):
@@ -28,9 +28,9 @@ def save_learning_curves(history: Sequence[Epoch], title: str, path: Path) -> No
     ModuleNotFoundError
         If matplotlib is not installed.
     """
-    figure = _figure(9, 3.6)
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    picture = figure(9, 3.6)
+    picture.suptitle(title)
+    left, right = picture.subplots(1, 2)
     epochs = [entry.epoch for entry in history]
     curves = (
         (left, "loss", [entry.loss for entry in history], "training (with dropout)"),
@@ -45,7 +45,7 @@ def save_learning_curves(history: Sequence[Epoch], title: str, path: Path) -> No
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(visible=True, which="both", alpha=0.25)
     left.legend()
-    _save(figure, path)
+    save_figure(picture, path)
 
 
 def _error(accuracy: float) -> float:

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_networks.io import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ml_networks.tasks.figures import figure, save_figure
 
 Images = NDArray[np.float32]
-BACKGROUND = "white"
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'pictures need matplotlib, which is not installed: pip install "ml-networks[train]"',
-            name="matplotlib",
-        ) from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=BACKGROUND)
 
 
 def _show(axes: Any, image: Images) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_atomically(path, content.getvalue())
 
 
 def save_reconstructions(
@@ -64,9 +42,9 @@ def save_reconstructions(
         A PNG file.
     """
     pair_rows = -(-len(originals) // columns)
-    figure = _figure(1.05 * columns + 0.6, 2.45 * pair_rows + 0.4)
-    figure.suptitle(title)
-    pairs = figure.subfigures(pair_rows, squeeze=False)[:, 0]
+    picture = figure(1.05 * columns + 0.6, 2.45 * pair_rows + 0.4)
+    picture.suptitle(title)
+    pairs = picture.subfigures(pair_rows, squeeze=False)[:, 0]
     for pair_row, rows in enumerate(pairs):
         grid = rows.subplots(2, columns)
         for column in range(columns):
@@ -80,16 +58,16 @@ def save_reconstructions(
             grid[1, column].set_xlabel(captions[number], fontsize=8)
         grid[0, 0].set_ylabel("original", fontsize=9)
         grid[1, 0].set_ylabel("decoded", fontsize=9)
-    _save(figure, path)
+    save_figure(picture, path)
 
 
 def save_code(
     original: Images, indices: NDArray[np.int64], reconstruction: Images, title: str, path: Path
 ) -> None:
     """Draw an image, the grid of indices it was encoded into, and what they decode to."""
-    figure = _figure(10, 3.8)
-    figure.suptitle(title)
-    left, middle, right = figure.subplots(1, 3)
+    picture = figure(10, 3.8)
+    picture.suptitle(title)
+    left, middle, right = picture.subplots(1, 3)
     _show(left, original)
     left.set_title("original", fontsize=10)
     middle.imshow(indices, cmap="viridis", interpolation="nearest")
@@ -101,4 +79,4 @@ def save_code(
         middle.text(column, row, str(index), ha="center", va="center", fontsize=6, color=colour)
     _show(right, reconstruction)
     right.set_title("decoded", fontsize=10)
-    _save(figure, path)
+    save_figure(picture, path)
