@@ -1,4 +1,4 @@
-"""Names that changed: keyword spellings, moved attributes and old dotted paths.
+"""Names that changed or are unknown: keywords, moved attributes, old dotted paths, errors.
 
 Three small mechanisms, shared by the whole package, keep programs and YAML files written for
 older versions working and turn a misspelt name into an error that names the right one:
@@ -23,6 +23,14 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Callable[..., Any])
+
+
+class UnknownActivationError(NotImplementedError, ValueError):
+    """No activation has this name. Also a NotImplementedError, which 0.2.6 raised."""
+
+
+class UnknownOptimizerError(NotImplementedError, ValueError):
+    """No optimizer has this name. Also a NotImplementedError, which 0.2.6 raised."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -264,7 +264,7 @@ def _variable(
 
 def _own_entries(module: Any) -> list[_Entry] | None:
     """The entries of a class with arrays of its own; None for a class that only has children."""
-    from ml_networks.jax import layers, primitives
+    from ml_networks.jax import distributions, layers, primitives
 
     if isinstance(module, primitives.Linear):
         return _optional(("weight", module.kernel, np.transpose, np.transpose), module.bias)
@@ -291,6 +291,8 @@ def _own_entries(module: Any) -> list[_Entry] | None:
         return [_variable(key, value) for key, value in named.items() if value is not None]
     if isinstance(module, layers.MultiheadAttention):
         return _attention_entries(module)
+    if isinstance(module, distributions.BSQCodebook):
+        return _codebook_entries(module)
     if isinstance(module, layers.PositionalEncoding):
 
         def write(array: Array) -> None:
@@ -330,6 +332,17 @@ def _transpose_to_jax(weight: Array, groups: int) -> Array:
     moved = np.moveaxis(split, (0, 1, 2), (-2, -3, -1))
     kernel = moved.reshape(*window, rows // groups, groups * columns)
     return np.flip(kernel, tuple(range(len(window))))
+
+
+def _codebook_entries(module: Any) -> list[_Entry]:
+    """Torch keeps the value of each bit of an index, a constant that no JAX integer may hold."""
+    mask = 2 ** np.arange(module.codebook_dim - 1, -1, -1)
+    linear = [
+        entry
+        for name in ("project_in", "project_out")
+        for entry in _entries(getattr(module, name), (name,))
+    ]
+    return [_Entry("mask", lambda: mask, lambda _: None), *linear]
 
 
 def _attention_entries(module: Any) -> list[_Entry]:

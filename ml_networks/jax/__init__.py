@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from ml_networks.jax.activations import *
     from ml_networks.jax.attention import *
     from ml_networks.jax.base import *
+    from ml_networks.jax.distributions import *
     from ml_networks.jax.layers import *
     from ml_networks.jax.losses import *
+    from ml_networks.jax.training import *
     from ml_networks.jax.utils import *
     from ml_networks.jax.vision import *
     from ml_networks.jax.vit import *
@@ -32,6 +34,17 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("Attention1d", "Attention2d"),
     "base": ("BaseModule",),
+    "distributions": (
+        "BSQCodebook",
+        "BernoulliStoch",
+        "CategoricalStoch",
+        "Distribution",
+        "NormalStoch",
+        "StochState",
+        "cat_dist",
+        "get_dist",
+        "stack_dist",
+    ),
     "layers": (
         "ConvNormActivation",
         "ConvNormActivation1d",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ml_networks._compat import did_you_mean
+from ml_networks._compat import UnknownActivationError, did_you_mean
 from ml_networks._geometry import is_glu
 from ml_networks.jax.rngs import RngsLike, as_rngs
 
@@ -27,10 +27,6 @@ __all__ = [
 ]
 
 Array = jax.Array
-
-
-class UnknownActivationError(NotImplementedError, ValueError):
-    """No activation has this name. Also a NotImplementedError, which 0.2.6 raised."""
 
 
 def _halves(x: Array, axis: int, name: str) -> tuple[Array, Array]:

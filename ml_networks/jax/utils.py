@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ml_networks._compat import checked_keywords, did_you_mean
+from ml_networks._compat import UnknownOptimizerError, checked_keywords, did_you_mean
 
 __all__ = [
     "UnknownOptimizerError",
@@ -25,11 +25,6 @@ __all__ = [
 ]
 
 Array = jax.Array
-
-
-class UnknownOptimizerError(NotImplementedError, ValueError):
-    """optax has no optimizer of this name."""
-
 
 _TORCH_NAMES = {
     "Adagrad": "adagrad",
@@ -193,11 +188,24 @@ def gumbel_softmax(
     ----------
     Jang et al., "Categorical Reparameterization with Gumbel-Softmax", arXiv 1611.01144.
     """
-    noise = jax.random.gumbel(key, inputs.shape, jnp.float32)
-    soft = jax.nn.softmax((inputs + noise) / temperature, axis).astype(inputs.dtype)
-    if not hard:
-        return soft
-    largest = jax.nn.one_hot(
-        soft.argmax(axis), soft.shape[axis], axis=axis % soft.ndim, dtype=soft.dtype
-    )
-    return largest + (soft - jax.lax.stop_gradient(soft))
+    soft = jax.nn.softmax((inputs + gumbel_noise(key, inputs)) / temperature, axis)
+    soft = soft.astype(inputs.dtype)
+    return straight_through(one_hot_of_largest(soft, axis, soft.dtype), soft) if hard else soft
+
+
+def gumbel_noise(key: Array, like: Array) -> Array:
+    """Return float32 standard Gumbel noise of the shape of ``like``.
+
+    Always float32: in half precision the noise has few values.
+    """
+    return jax.random.gumbel(key, like.shape, jnp.float32)
+
+
+def one_hot_of_largest(x: Array, axis: int, dtype: jnp.dtype) -> Array:
+    """Return the one-hot vector, along ``axis``, of the largest entry."""
+    return jax.nn.one_hot(x.argmax(axis), x.shape[axis], axis=axis % x.ndim, dtype=dtype)
+
+
+def straight_through(value: Array, soft: Array) -> Array:
+    """Return exactly ``value``, with the gradient of ``soft``."""
+    return value + (soft - jax.lax.stop_gradient(soft))

@@ -66,6 +66,13 @@ __all__ = [
 Array = jax.Array
 
 
+def _attention_layers(cfg: ConvNetConfig, rngs: nnx.Rngs) -> nnx.List:
+    """One attention layer for each of the config's channels; none without attention."""
+    if cfg.attention is None:
+        return nnx.List([])
+    return nnx.List([Attention2d(n, attn_cfg=cfg.attention, rngs=rngs) for n in cfg.channels])
+
+
 @checked_keywords()
 class ConvNet(nnx.Module):
     """A stack of convolutions, each followed by attention if the config has it.
@@ -101,12 +108,7 @@ class ConvNet(nnx.Module):
                 )
             ]
         )
-        attention = cfg.attention
-        self.attn_layers = nnx.List(
-            []
-            if attention is None
-            else [Attention2d(n, attn_cfg=attention, rngs=rngs) for n in cfg.channels]
-        )
+        self.attn_layers = _attention_layers(cfg, rngs)
 
     @property
     def torch_names(self) -> Mapping[str, Any]:
@@ -190,12 +192,7 @@ class ConvTranspose(nnx.Module):
                 )
             ]
         )
-        attention = cfg.attention
-        self.attn_layers = nnx.List(
-            []
-            if attention is None
-            else [Attention2d(n, attn_cfg=attention, rngs=rngs) for n in cfg.channels]
-        )
+        self.attn_layers = _attention_layers(cfg, rngs)
 
     @property
     def torch_names(self) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ml_networks._compat import did_you_mean
+from ml_networks._compat import UnknownActivationError, did_you_mean
 from ml_networks._geometry import is_glu
 
 __all__ = [
@@ -22,10 +22,6 @@ __all__ = [
     "TanhExpBase",
     "UnknownActivationError",
 ]
-
-
-class UnknownActivationError(NotImplementedError, ValueError):
-    """No activation has this name. Also a NotImplementedError, which 0.2.6 raised."""
 
 
 class TanhExpBase:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ml_networks._compat import checked_keywords, did_you_mean
+from ml_networks._compat import UnknownOptimizerError, checked_keywords, did_you_mean
 
 __all__ = [
     "UnknownOptimizerError",
@@ -24,10 +24,6 @@ __all__ = [
 ]
 
 _OPTIMIZER_MODULES = ("schedulefree", "torch.optim", "pytorch_optimizer")
-
-
-class UnknownOptimizerError(NotImplementedError, ValueError):
-    """No installed package has an optimizer of this name."""
 
 
 def get_optimizer(
