@@ -1,0 +1,92 @@
+"""What plain torch code of several ops computes: activations by name, dropout from a counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dropout as counter
+from .activations import GATED
+
+
+def _tanhexp(x: Tensor) -> Tensor:
+    return x * torch.tanh(torch.exp(x.clamp(max=5.0)))
+
+
+def _rerelu(x: Tensor) -> Tensor:
+    smooth = F.gelu(x)
+    return F.relu(x.detach()) + (smooth - smooth.detach())
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "CELU": F.celu,
+    "ELU": F.elu,
+    "GELU": F.gelu,
+    "Hardshrink": F.hardshrink,
+    "Hardsigmoid": F.hardsigmoid,
+    "Hardswish": F.hardswish,
+    "Hardtanh": F.hardtanh,
+    "Identity": lambda x: x,
+    "LeakyReLU": F.leaky_relu,
+    "LogSigmoid": F.logsigmoid,
+    "Mish": F.mish,
+    "REReLU": _rerelu,
+    "ReLU": F.relu,
+    "ReLU6": F.relu6,
+    "SELU": F.selu,
+    "SiLU": F.silu,
+    "Sigmoid": torch.sigmoid,
+    "Softplus": F.softplus,
+    "Softshrink": F.softshrink,
+    "Softsign": F.softsign,
+    "Tanh": torch.tanh,
+    "TanhExp": _tanhexp,
+    "Tanhshrink": F.tanhshrink,
+}
+"""By the names of `core.activations.ELEMENTWISE`; differentiable any number of times."""
+
+
+def apply(activation: str, x: Tensor) -> Tensor:
+    """An activation of `core.activations.NAMES`; gated ones halve the last dimension."""
+    if activation in GATED:
+        value, gate = x.chunk(2, -1)
+        return value * ACTIVATIONS[GATED[activation]](gate)
+    return ACTIVATIONS[activation](x)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """The low 32 bits of a product of 32-bit words held in int64."""
+    low = (x & 0xFFFF) * factor
+    return (low + (((x >> 16) * factor & 0xFFFF) << 16)) & _WORD
+
+
+def dropout_scale(
+    dropout: float, seed: int | Tensor, rows: int, columns: int, device: torch.device
+) -> Tensor:
+    """What each element of (rows, columns) is multiplied by: 0 or ``1 / (1 - dropout)``, float32.
+    The meaning is that of `core.dropout.scale`."""
+    row = torch.arange(rows, device=device)[:, None]
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    keys = k0, k1, k0 ^ k1 ^ counter.PARITY
+    x, y = (row & _WORD) + k0 & _WORD, (row >> 32) + k1 & _WORD
+    for block in range(5):
+        for rotation in counter.ROTATIONS[block % 2]:
+            x = x + y & _WORD
+            y = (y << rotation & _WORD | y >> 32 - rotation) ^ x
+        x = x + keys[(block + 1) % 3] & _WORD
+        y = y + keys[(block + 2) % 3] + block + 1 & _WORD
+    first, second, third = counter.MULTIPLIERS
+    z = torch.arange(columns, device=device) ^ x
+    z = _times(z ^ z >> 17, first) + y & _WORD
+    z = _times(z ^ z >> 11, second)
+    z = _times(z ^ z >> 15, third)
+    z = z ^ z >> 14
+    kept = (z >> 8) >= counter.threshold(dropout)
+    return torch.where(kept, 1.0 / (1.0 - dropout), 0.0)
