@@ -29,6 +29,10 @@ class UnknownActivationError(NotImplementedError, ValueError):
     """No activation has this name. Also a NotImplementedError, which 0.2.6 raised."""
 
 
+class UnknownDistributionError(NotImplementedError, ValueError):
+    """No distribution has this name. Also a NotImplementedError, which 0.2.6 raised."""
+
+
 class UnknownOptimizerError(NotImplementedError, ValueError):
     """No optimizer has this name. Also a NotImplementedError, which 0.2.6 raised."""
 

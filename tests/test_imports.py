@@ -241,9 +241,13 @@ def test_base_module_is_a_lightning_module() -> None:
 
 def test_both_frameworks_raise_the_same_errors() -> None:
     import ml_networks.jax.activations as jax_activations
+    import ml_networks.jax.distributions as jax_distributions
     import ml_networks.jax.utils as jax_utils
     import ml_networks.torch.activations as torch_activations
+    import ml_networks.torch.distributions as torch_distributions
     import ml_networks.torch.utils as torch_utils
 
     assert jax_activations.UnknownActivationError is torch_activations.UnknownActivationError
     assert jax_utils.UnknownOptimizerError is torch_utils.UnknownOptimizerError
+    error = torch_distributions.UnknownDistributionError
+    assert jax_distributions.UnknownDistributionError is error

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ml_networks._compat import checked_keywords, did_you_mean
+from ml_networks._compat import UnknownDistributionError, checked_keywords, did_you_mean
 from ml_networks.io import load_blosc2_with_dtype, save_blosc2
 from ml_networks.jax.activations import L2Norm
 from ml_networks.jax.layers import Identity
@@ -74,10 +74,6 @@ _MIN_STD = 1e-6
 
 def _show(name: str, shapes: Sequence[tuple[str, Any]]) -> str:
     return f"{name}({', '.join(f'{field}: {shape}' for field, shape in shapes)})"
-
-
-class UnknownDistributionError(NotImplementedError, ValueError):
-    """No distribution has this name. Also a NotImplementedError, which 0.2.6 raised."""
 
 
 class NormalShape(NamedTuple):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ml_networks._compat import checked_keywords
+from ml_networks.jax.distributions import StochState
 from ml_networks.kernels.jax import focal_frequency_loss
+
+if TYPE_CHECKING:
+    import distrax
 
 __all__ = [
     "FocalFrequencyLoss",
@@ -17,10 +21,13 @@ __all__ = [
     "charbonnier",
     "cross_entropy",
     "focal_loss",
+    "kl_balancing",
+    "kl_divergence",
     "soft_target_cross_entropy",
 ]
 
 Array = jax.Array
+Divergent: TypeAlias = "StochState | distrax.Distribution"
 
 
 @checked_keywords(sum_dim="sum_axis")
@@ -198,6 +205,97 @@ class FocalFrequencyLoss:
         return focal_frequency_loss(
             pred, target, matrix=matrix, mean_batch=mean_batch, **self.options
         )
+
+
+def kl_divergence(posterior: Divergent, prior: Divergent) -> Array:
+    """Return the Kullback-Leibler divergence KL(posterior || prior).
+
+    Parameters
+    ----------
+    posterior, prior
+        States, distrax distributions, or one of each.
+
+    Returns
+    -------
+    Array
+        ``(B*)``, in nats; for Bernoulli states ``(B*, G)``, as their ``get_distribution()`` keeps
+        the groups apart.
+
+    Raises
+    ------
+    NotImplementedError
+        If distrax knows no divergence between the two kinds.
+
+    Notes
+    -----
+    A prior that is certain to the last bit (a logit of 20, say) gives the finite divergence of its
+    logits, where :mod:`torch.distributions` has inf.
+    """
+    divergence: Array = _as_distribution(posterior).kl_divergence(_as_distribution(prior))
+    return divergence
+
+
+@checked_keywords(alpha="weight")
+def kl_balancing(
+    posterior: Divergent | Sequence[Divergent],
+    prior: Divergent | Sequence[Divergent] | None = None,
+    weight: float = 0.8,
+) -> Array:
+    r"""Return a KL divergence that trains the prior more than the posterior.
+
+    .. math::
+
+        w \, KL(\operatorname{sg}(q) \| p) + (1 - w) \, KL(q \| \operatorname{sg}(p))
+
+    with :math:`q` the posterior, :math:`p` the prior and sg the stopped gradient, so its value is
+    that of KL(q || p).
+
+    Parameters
+    ----------
+    posterior, prior
+        States; or two sequences of states, whose divergences are summed; or the pair
+        ``[posterior, prior]`` as the first argument alone.
+    weight
+        Share of the gradient that goes to the prior. Default 0.8. ``alpha`` is another name.
+
+    Returns
+    -------
+    Array
+        As :func:`kl_divergence`.
+
+    References
+    ----------
+    Hafner et al., "Mastering Atari with Discrete World Models", arXiv 2010.02193.
+    """
+    if prior is None:
+        if not isinstance(posterior, Sequence) or len(posterior) != 2:
+            raise TypeError("kl_balancing needs a posterior and a prior, or the pair of them")
+        posterior, prior = posterior
+    posteriors = posterior if isinstance(posterior, Sequence) else [posterior]
+    priors = prior if isinstance(prior, Sequence) else [prior]
+    if len(posteriors) != len(priors) or not posteriors:
+        raise ValueError(f"got {len(posteriors)} posteriors and {len(priors)} priors")
+    terms = [
+        weight * kl_divergence(_stopped(q), p) + (1 - weight) * kl_divergence(q, _stopped(p))
+        for q, p in zip(posteriors, priors, strict=True)
+    ]
+    return jnp.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+def _as_distribution(value: Divergent) -> Any:
+    from ml_networks.jax import _distrax
+
+    if isinstance(value, StochState):
+        return value.get_distribution()
+    if isinstance(value, _distrax.Distribution):
+        return value
+    raise TypeError(f"expected a state or a distrax distribution, got {type(value).__name__}")
+
+
+def _stopped(value: Divergent) -> Divergent:
+    if isinstance(value, StochState):
+        return value.stop_gradient()
+    raise TypeError(f"kl_balancing needs states, got {type(value).__name__}")
 
 
 @checked_keywords(dim="axis")

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ml_networks._compat import checked_keywords, did_you_mean
+from ml_networks._compat import UnknownDistributionError, checked_keywords, did_you_mean
 from ml_networks.io import load_blosc2_with_dtype, save_blosc2
 from ml_networks.kernels.torch import BinarySphericalCodes, binary_spherical_quantize
 from ml_networks.torch.utils import gumbel_noise, one_hot_of_largest, straight_through
@@ -69,10 +69,6 @@ _RESHAPING = frozenset({"flatten", "reshape", "squeeze", "unflatten", "unsqueeze
 
 def _show(name: str, shapes: Sequence[tuple[str, torch.Size]]) -> str:
     return f"{name}({', '.join(f'{field}: {shape}' for field, shape in shapes)})"
-
-
-class UnknownDistributionError(NotImplementedError, ValueError):
-    """No distribution has this name. Also a NotImplementedError, which 0.2.6 raised."""
 
 
 class NormalShape(NamedTuple):
