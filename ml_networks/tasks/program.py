@@ -1,4 +1,4 @@
-"""What the training programs share: the device, one-line refusals, Ctrl-C."""
+"""What the training programs share: the device, one-line refusals, Ctrl-C, the progress bar."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended, as shells have it."""
@@ -31,6 +33,19 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def progress_bar(console: Console, *, visible: bool = True) -> Progress:
+    """A bar for tasks whose description says where they stand; gone when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not visible,
+    )
 
 
 def refuse(error: object) -> NoReturn:

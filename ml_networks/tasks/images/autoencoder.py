@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +30,13 @@ from ml_networks.kernels.torch import focal_frequency_loss
 from ml_networks.tasks.images.config import AutoencoderConfig, ProgramConfig, TrainingConfig
 from ml_networks.tasks.images.mnist import load_mnist
 from ml_networks.tasks.images.pictures import save_code, save_reconstructions
-from ml_networks.tasks.program import INTERRUPTED, pick_device, refuse, stop_on_interrupt
+from ml_networks.tasks.program import (
+    INTERRUPTED,
+    pick_device,
+    progress_bar,
+    refuse,
+    stop_on_interrupt,
+)
 from ml_networks.torch import BSQCodebook, Decoder, Encoder, charbonnier
 
 PROGRAM = "ml_networks.tasks.images.autoencoder"
@@ -159,18 +164,10 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, cfg.learning_rate, total_steps=steps * cfg.epochs, pct_start=0.1
     )
-    bar = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("training", total=steps * cfg.epochs, epoch=1)
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=steps * cfg.epochs)
         for epoch in range(1, cfg.epochs + 1):
-            bar.update(task, epoch=epoch)
+            bar.update(task, description=f"epoch {epoch}")
             model.train()
             total = torch.zeros(3, device=split.training.device)
             order = torch.randperm(len(split.training)).to(split.training.device)
