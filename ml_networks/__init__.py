@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from ml_networks.torch.base import *
     from ml_networks.torch.callbacks import *
     from ml_networks.torch.contrastive import *
+    from ml_networks.torch.ctm import *
     from ml_networks.torch.data import *
     from ml_networks.torch.distributions import *
     from ml_networks.torch.hypernetworks import *
     from ml_networks.torch.layers import *
     from ml_networks.torch.losses import *
+    from ml_networks.torch.neurons import *
+    from ml_networks.torch.synapses import *
     from ml_networks.torch.unet import *
     from ml_networks.torch.utils import *
     from ml_networks.torch.vision import *
@@ -35,11 +38,13 @@ if TYPE_CHECKING:
 _HOMES: dict[str, str] = {
     "AdaptiveAveragePoolingConfig": "config",
     "AttentionConfig": "config",
+    "ContinuousThoughtMachineConfig": "config",
     "ContrastiveLearningConfig": "config",
     "ConvConfig": "config",
     "ConvNetConfig": "config",
     "DecoderConfig": "config",
     "EncoderConfig": "config",
+    "HyperContinuousThoughtMachineConfig": "config",
     "LinearConfig": "config",
     "MLPConfig": "config",
     "ResNetConfig": "config",

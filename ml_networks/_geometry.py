@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from ml_networks._compat import did_you_mean
 from ml_networks.config import (
     BACKBONES,
     HEADS,
@@ -20,6 +23,7 @@ from ml_networks.config import (
     LinearConfig,
     MLPConfig,
     ResNetConfig,
+    SoftmaxTransConfig,
     SpatialSoftmaxConfig,
     ViTConfig,
     as_config,
@@ -123,6 +127,117 @@ def residual_plan(
     gated = is_glu(cfg.activation)
     last = dataclasses.replace(cfg, stride=1, activation=cfg.activation if gated else "Identity")
     return ResidualPlan(channels, out_channels or channels, cfg, last, gated)
+
+
+def same_size_conv(cfg: ConvConfig, owner: str) -> ConvConfig:
+    """Return the convolution of a U-Net's block, which must keep the size."""
+    cfg = as_config(cfg, ConvConfig, what=f"{owner} conv_cfg")
+    same_size = 2 * cfg.padding == cfg.dilation * (cfg.kernel_size - 1)
+    if cfg.stride != 1 or cfg.scale_factor != 0 or not same_size:
+        raise ValueError(
+            f"{owner} needs a convolution that keeps the size: stride 1, scale_factor 0 and "
+            "padding = dilation * (kernel_size - 1) / 2 with an odd kernel_size, got "
+            f"stride={cfg.stride}, scale_factor={cfg.scale_factor}, padding={cfg.padding}, "
+            f"kernel_size={cfg.kernel_size}, dilation={cfg.dilation}"
+        )
+    return cfg
+
+
+def unet_shape(obs_shape: Sequence[int], levels: int, sides: int, owner: str) -> tuple[int, ...]:
+    """Return the shape of a U-Net's input, whose sides can be halved ``levels - 1`` times."""
+    obs_shape = tuple(obs_shape)
+    if len(obs_shape) != 1 + sides or min(obs_shape) < 1:
+        layout = "(channels, length)" if sides == 1 else "(channels, height, width)"
+        raise ValueError(f"obs_shape of {owner} must be {layout}, got {obs_shape}")
+    multiple = 2 ** (levels - 1)
+    if any(side % multiple for side in obs_shape[1:]):
+        raise ValueError(
+            f"{owner} with {levels} levels halves its input {levels - 1} times: the sides in "
+            f"obs_shape must be multiples of {multiple}, got {obs_shape}"
+        )
+    return obs_shape
+
+
+def unet_batch(
+    base: Sequence[int],
+    cond: Sequence[int],
+    obs_shape: tuple[int, ...],
+    feature_dim: int,
+    owner: str,
+) -> tuple[int, ...]:
+    """Return the batch dimensions that the shapes of a U-Net's two inputs have in common."""
+    base, cond = tuple(base), tuple(cond)
+    batch = base[: -len(obs_shape)]
+    if base[-len(obs_shape) :] != obs_shape:
+        raise ValueError(
+            f"{owner} expects base of shape (*batch, {', '.join(map(str, obs_shape))}), got "
+            f"{base}{channels_hint(base, obs_shape[0], len(obs_shape) - 1)}"
+        )
+    if cond != (*batch, feature_dim):
+        raise ValueError(
+            f"{owner} expects cond of shape {(*batch, feature_dim)} beside base of shape {base}, "
+            f"got {cond}"
+        )
+    return batch
+
+
+def channels_hint(shape: Sequence[int], channels: int, sides: int) -> str:
+    """Return which axis looks wrong in a shape (*batch, channels, *sides); "" if none does."""
+    if len(shape) <= sides or shape[-1 - sides] == channels:
+        return ""
+    hint = f": axis {-1 - sides} has {shape[-1 - sides]} entries for {channels} channels"
+    if shape[-1] == channels:
+        hint += f", and the channels look to be last: transpose them to axis {-1 - sides}"
+    return hint
+
+
+def check_views(shapes: Sequence[Sequence[int]], widths: Sequence[int]) -> None:
+    """Raise ValueError unless two shapes are (*batch, width), with one or more batch axes."""
+    for index, (shape, width) in enumerate(zip(shapes, widths, strict=True), 1):
+        if len(shape) < 2 or shape[-1] != width:
+            raise ValueError(
+                f"feature{index} must have shape (*batch, {width}), got {tuple(shape)}"
+            )
+    first, second = (tuple(shape) for shape in shapes)
+    if first[:-1] != second[:-1]:
+        raise ValueError(
+            "feature1 and feature2 must have the same batch dimensions, got shapes "
+            f"{first} and {second}"
+        )
+
+
+def check_ranges(**ranges: int) -> None:
+    """Raise ValueError for a negative range of positives."""
+    for name, value in ranges.items():
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+class SoftmaxCode:
+    """Sizes of a soft one-hot code: ``vector`` numbers a value, the last ``n_ignore`` kept."""
+
+    def __init__(self, cfg: SoftmaxTransConfig) -> None:
+        self.vector = cfg.vector
+        self.sigma = cfg.sigma
+        self.n_ignore = cfg.n_ignore
+        self.max = cfg.max
+        self.min = cfg.min
+
+    def get_transformed_dim(self, dim: int) -> int:
+        """Return how many features the code of ``dim`` features has."""
+        if dim < self.n_ignore:
+            raise ValueError(f"{dim} features are fewer than the {self.n_ignore} ignored ones")
+        return (dim - self.n_ignore) * self.vector + self.n_ignore
+
+    def _coded(self, features: int) -> int:
+        """Return how many of a code's features stand for values, not for ignored ones."""
+        coded = features - self.n_ignore
+        if coded < 0 or coded % self.vector:
+            raise ValueError(
+                f"a code has a multiple of {self.vector} features and {self.n_ignore} ignored "
+                f"ones, got {features}"
+            )
+        return coded
 
 
 def image_shape(obs_shape: Sequence[int], owner: str) -> tuple[int, int, int]:
@@ -366,3 +481,51 @@ def decoder_head(
             f"feature_dim must be {input_shape}, the backbone's input"
         )
     return feature_dim, None
+
+
+def resnet_stages(name: str) -> tuple[tuple[int, ...], bool]:
+    """Return the blocks of each stage of ``"resnet{depth}-{stages}"``, and whether they are
+    bottlenecks.
+    """
+    depth, stages = (int(number) for number in name.removeprefix("resnet").split("-"))
+    blocks = {
+        18: (2, 2, 2, 2),
+        34: (3, 4, 6, 3),
+        50: (3, 4, 6, 3),
+        101: (3, 4, 23, 3),
+        152: (3, 8, 36, 3),
+    }
+    return blocks[depth][:stages], depth >= 50
+
+
+def synapse_widths(out_dims: int, depth: int, minimum_width: int) -> tuple[int, ...]:
+    """Return the widths of a synapse U-Net: ``depth`` even steps from the outer to the inner."""
+    if depth < 2:
+        raise ValueError(f"a synapse U-Net needs depth > 1, got depth={depth}")
+    return tuple(int(width) for width in np.linspace(out_dims, minimum_width, depth))
+
+
+def hyper_levels(hyper_layers: str, levels: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the levels whose down and whose up projections are dynamic."""
+    every, deepest = frozenset(range(levels)), frozenset(range(max(0, levels - 2), levels))
+    none: frozenset[int] = frozenset()
+    chosen = {
+        "bottleneck": (deepest, deepest),
+        "down": (every, none),
+        "up": (none, every),
+        "all": (every, every),
+        "none": (none, none),
+    }
+    if hyper_layers not in chosen:
+        hint = did_you_mean(str(hyper_layers), chosen)
+        raise ValueError(
+            f"hyper_layers must be one of {', '.join(chosen)}, got {hyper_layers!r}{hint}"
+        )
+    return chosen[hyper_layers]
+
+
+def absorbs_attention(channels: int, d_input: int, heads: int) -> bool:
+    """Whether attending to ``channels`` + 1 features with every head moves and computes less than
+    attending to keys and values of ``d_input``.
+    """
+    return heads * (channels + 1) <= 2 * d_input

@@ -12,6 +12,7 @@ ValueError and says what would do.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptiveAveragePoolingConfig",
     "AttentionConfig",
+    "ContinuousThoughtMachineConfig",
     "ContrastiveLearningConfig",
     "ConvConfig",
     "ConvNetConfig",
     "DecoderConfig",
     "EncoderConfig",
+    "HyperContinuousThoughtMachineConfig",
     "LinearConfig",
     "MLPConfig",
     "ResNetConfig",
@@ -131,9 +134,9 @@ class Config:
             if minimum is not None and value < minimum:
                 raise ValueError(self._error(name, wanted))
 
-    def _dropout(self, value: Any) -> None:
+    def _dropout(self, value: Any, name: str = "dropout") -> None:
         if not _is_real(value) or not 0.0 <= value < 1.0:
-            raise ValueError(self._error("dropout", "a probability, 0 <= dropout < 1"))
+            raise ValueError(self._error(name, f"a probability, 0 <= {name} < 1"))
 
     def _activations(self, *names: str) -> None:
         for name in names:
@@ -740,3 +743,200 @@ class SoftmaxTransConfig(Config):
             raise ValueError(self._error("sigma", "a number > 0"))
         if not self.max > self.min:
             raise ValueError(self._error("max", f"above min={self.min!r}"))
+
+
+CTM_BACKBONES = (
+    "none",
+    "parity_backbone",
+    "shallow-wide",
+    *(f"resnet{depth}-{stages}" for depth in (18, 34, 50, 101, 152) for stages in (1, 2, 3, 4)),
+)
+POSITIONAL_EMBEDDINGS = (
+    "none",
+    "learnable-fourier",
+    "multi-learnable-fourier",
+    "custom-rotational",
+    "custom-rotational-1d",
+)
+NEURON_SELECT_TYPES = ("random-pairing", "first-last", "random")
+HYPER_LAYERS = ("bottleneck", "down", "up", "all", "none")
+
+
+@checked_keywords()
+@dataclass
+class ContinuousThoughtMachineConfig(Config):
+    """A Continuous Thought Machine (Darlow et al., 2025, arXiv 2505.05522).
+
+    Attributes
+    ----------
+    iterations
+        Internal ticks, T.
+    d_model
+        Number of neurons, D.
+    d_input
+        Width of the attention over the input.
+    heads
+        Attention heads; must divide ``d_input``.
+    n_synch_out, n_synch_action
+        Neurons (or pairs of them) whose synchronisation is read out, and asks the input.
+    synapse_depth
+        1: one linear layer with a gate; above: a U-Net of that many widths.
+    memory_length
+        Pre-activations that a neuron's own model sees, M.
+    deep_nlms
+        Whether that model has a hidden layer.
+    memory_hidden_dims
+        Width of the hidden layer.
+    do_layernorm_nlm
+        Whether a layer norm precedes each layer of the neurons' models.
+    backbone_type
+        ``"resnet{18,34,50,101,152}-{1,2,3,4}"`` (depth and number of stages), ``"shallow-wide"``,
+        ``"parity_backbone"`` (a sequence of signs) or ``"none"`` (the input is the features).
+    positional_embedding_type
+        Added to the features: ``"learnable-fourier"``, ``"multi-learnable-fourier"``,
+        ``"custom-rotational"``, ``"custom-rotational-1d"`` or ``"none"``.
+    out_dims
+        Width of a prediction.
+    prediction_reshaper
+        Shape of a prediction whose last axis holds the classes that certainty is taken over; one
+        entry may be -1. Default (-1,): one choice among ``out_dims``.
+    dropout
+        Dropout probability of attention and synapses. Default 0.
+    dropout_nlm
+        The same of the neurons' models. Default None: as ``dropout``.
+    neuron_select_type
+        ``"random-pairing"`` (default): products of random pairs of neurons. ``"random"`` and
+        ``"first-last"``: of every pair among the chosen neurons, n (n + 1) / 2 of them.
+    n_random_pairing_self
+        The first pairs of ``"random-pairing"`` that are a neuron with itself. Default 0.
+    in_channels
+        Channels of the input. Default None: 3 for images; with backbone ``"none"`` the torch
+        model finds it in its first input. ``"parity_backbone"`` has none.
+    """
+
+    iterations: int
+    d_model: int
+    d_input: int
+    heads: int
+    n_synch_out: int
+    n_synch_action: int
+    synapse_depth: int
+    memory_length: int
+    deep_nlms: bool
+    memory_hidden_dims: int
+    do_layernorm_nlm: bool
+    backbone_type: str
+    positional_embedding_type: str
+    out_dims: int
+    prediction_reshaper: tuple[int, ...] = (-1,)
+    dropout: float = 0.0
+    dropout_nlm: float | None = None
+    neuron_select_type: str = "random-pairing"
+    n_random_pairing_self: int = 0
+    in_channels: int | None = None
+
+    def _validate(self) -> None:
+        self._integers(1, "iterations", "d_model", "d_input", "heads", "synapse_depth")
+        self._integers(1, "n_synch_out", "n_synch_action", "memory_length", "out_dims")
+        self._integers(1, "memory_hidden_dims")
+        self._integers(0, "n_random_pairing_self")
+        if self.in_channels is not None:
+            self._integers(1, "in_channels")
+        if self.d_input % self.heads:
+            raise ValueError(self._error("d_input", f"divisible by heads={self.heads}"))
+        self._one_of("backbone_type", CTM_BACKBONES)
+        self._one_of("positional_embedding_type", POSITIONAL_EMBEDDINGS)
+        self._one_of("neuron_select_type", NEURON_SELECT_TYPES)
+        self._dropout(self.dropout)
+        if self.dropout_nlm is not None:
+            self._dropout(self.dropout_nlm, "dropout_nlm")
+        self._positions()
+        self._neurons()
+        self.prediction_reshaper = self._reshaper(self.prediction_reshaper)
+
+    def _positions(self) -> None:
+        kind, backbone = self.positional_embedding_type, self.backbone_type
+        if kind == "none":
+            return
+        if backbone == "none" and self.in_channels is None:
+            raise ValueError(
+                f"positional_embedding_type={kind!r} with backbone_type='none' needs in_channels, "
+                "the channels of the input"
+            )
+        if backbone == "parity_backbone" and kind != "custom-rotational-1d":
+            raise ValueError(
+                self._error(
+                    "positional_embedding_type",
+                    "'custom-rotational-1d' or 'none' for the sequences of 'parity_backbone'",
+                )
+            )
+        if kind == "custom-rotational-1d" and backbone not in ("parity_backbone", "none"):
+            raise ValueError(
+                self._error(
+                    "positional_embedding_type",
+                    f"one for images, since backbone_type is {backbone!r}",
+                )
+            )
+
+    def _neurons(self) -> None:
+        out, action = self.n_synch_out, self.n_synch_action
+        if self.neuron_select_type == "first-last" and max(out, action) > self.d_model:
+            name = "n_synch_out" if out > action else "n_synch_action"
+            raise ValueError(self._error(name, f"at most d_model={self.d_model}"))
+        if self.n_random_pairing_self > min(out, action):
+            raise ValueError(
+                self._error(
+                    "n_random_pairing_self",
+                    f"at most n_synch_out={out} and n_synch_action={action}",
+                )
+            )
+
+    def _reshaper(self, shape: Any) -> tuple[int, ...]:
+        valid = isinstance(shape, (list, tuple)) and len(shape) > 0
+        if not valid or not all(_is_integer(n) and (n >= 1 or n == -1) for n in shape):
+            raise ValueError(
+                self._error("prediction_reshaper", "a sequence of integers >= 1, one may be -1")
+            )
+        known = math.prod(n for n in shape if n != -1)
+        free = shape.count(-1)
+        if free > 1 or self.out_dims % known or (not free and known != self.out_dims):
+            raise ValueError(
+                self._error("prediction_reshaper", f"a shape of out_dims={self.out_dims} values")
+            )
+        classes = shape[-1] if shape[-1] != -1 else self.out_dims // known
+        if classes < 2:
+            raise ValueError(
+                self._error("prediction_reshaper", "a shape with two or more classes at its end")
+            )
+        return tuple(shape)
+
+
+@checked_keywords()
+@dataclass
+class HyperContinuousThoughtMachineConfig(ContinuousThoughtMachineConfig):
+    """A Continuous Thought Machine whose synapses adapt to the state at every tick.
+
+    The attributes of :class:`ContinuousThoughtMachineConfig` and:
+
+    Attributes
+    ----------
+    hyper_layers
+        Which layers of the U-Net are dynamic: ``"bottleneck"`` (default; the two deepest levels,
+        down and up), ``"down"``, ``"up"``, ``"all"`` or ``"none"``. All but ``"none"`` need
+        ``synapse_depth`` above 1.
+    hyper_rank
+        Rank of the dynamic weights. Default 8.
+    """
+
+    hyper_layers: str = "bottleneck"
+    hyper_rank: int = 8
+
+    def _validate(self) -> None:
+        super()._validate()
+        self._integers(1, "hyper_rank")
+        self._one_of("hyper_layers", HYPER_LAYERS)
+        if self.hyper_layers != "none" and self.synapse_depth == 1:
+            raise ValueError(
+                self._error("hyper_layers", "'none' with synapse_depth=1, which has no U-Net")
+                + "; or give synapse_depth > 1"
+            )

@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from ml_networks.torch.attention import *
     from ml_networks.torch.base import *
     from ml_networks.torch.contrastive import *
+    from ml_networks.torch.ctm import *
     from ml_networks.torch.data import *
     from ml_networks.torch.distributions import *
     from ml_networks.torch.hypernetworks import *
     from ml_networks.torch.layers import *
     from ml_networks.torch.losses import *
+    from ml_networks.torch.neurons import *
+    from ml_networks.torch.synapses import *
     from ml_networks.torch.unet import *
     from ml_networks.torch.utils import *
     from ml_networks.torch.vision import *
@@ -34,6 +37,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "attention": ("Attention1d", "Attention2d"),
     "base": ("BaseModule",),
     "contrastive": ("ContrastiveLearningLoss",),
+    "ctm": ("ContinuousThoughtMachine", "HyperContinuousThoughtMachine"),
     "data": ("MinMaxNormalize", "SoftmaxTransformation", "determine_loader", "seed_worker"),
     "distributions": (
         "BSQCodebook",
@@ -73,7 +77,9 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "kl_divergence",
         "soft_target_cross_entropy",
     ),
+    "neurons": ("NeuronLevelModel", "SuperLinear"),
     "nn": (),
+    "synapses": ("HyperSynapseUNET", "SynapseUNET"),
     "unet": ("ConditionalUnet1d", "ConditionalUnet2d"),
     "utils": ("get_optimizer", "gumbel_softmax", "log_softmax", "softmax", "torch_fix_seed"),
     "vision": (

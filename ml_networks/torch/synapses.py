@@ -1,0 +1,136 @@
+"""The synapses of the Continuous Thought Machine: what mixes its neurons at every tick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ml_networks._compat import checked_keywords
+from ml_networks._geometry import hyper_levels, synapse_widths
+
+__all__ = ["HyperSynapseUNET", "SynapseUNET", "make_synapses"]
+
+MakeLinear = Callable[[int, int], nn.Module]
+
+
+def _projection(inputs: int, outputs: int, dropout: float, linear: MakeLinear) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Dropout(dropout), linear(inputs, outputs), nn.LayerNorm(outputs), nn.SiLU()
+    )
+
+
+@checked_keywords()
+class SynapseUNET(nn.Module):
+    """A U-Net of linear layers with a skip connection at each level.
+
+    Every projection is dropout, linear, layer norm, SiLU. The widths go from ``out_dims`` down to
+    ``minimum_width`` in ``depth`` even steps and up again, ``u = LayerNorm(up(u) + down)``.
+
+    Parameters
+    ----------
+    out_dims
+        Width of the output, and of the outermost level.
+    depth
+        Number of widths, at least 2.
+    minimum_width
+        Width of the innermost level. Default 16.
+    dropout
+        Dropout probability. Default 0.
+    in_dims
+        Width of the input. Default None: found in the first input.
+    """
+
+    def __init__(
+        self,
+        out_dims: int,
+        depth: int,
+        minimum_width: int = 16,
+        dropout: float = 0.0,
+        in_dims: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.widths = synapse_widths(out_dims, depth, minimum_width)
+        self.first_projection = nn.Sequential(
+            nn.LazyLinear(out_dims) if in_dims is None else nn.Linear(in_dims, out_dims),
+            nn.LayerNorm(out_dims),
+            nn.SiLU(),
+        )
+        levels = list(zip(self.widths, self.widths[1:], strict=False))
+        self.down_projections = nn.ModuleList(
+            _projection(outer, inner, dropout, self._linear("down", level))
+            for level, (outer, inner) in enumerate(levels)
+        )
+        self.up_projections = nn.ModuleList(
+            _projection(inner, outer, dropout, self._linear("up", level))
+            for level, (outer, inner) in enumerate(levels)
+        )
+        self.skip_lns = nn.ModuleList(nn.LayerNorm(width) for width in self.widths[:-1])
+
+    def _linear(self, direction: str, level: int) -> MakeLinear:
+        return nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_dims) to (B, out_dims)."""
+        return self.from_first(self.first_projection[0](x))
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """Go on from the output (B, out_dims) of the first linear layer."""
+        _, norm, activation = self.first_projection
+        x = activation(norm(x))
+        skipped = [x]
+        for down in self.down_projections:
+            skipped.append(down(skipped[-1]))
+        x = skipped.pop()
+        for up, norm in zip(reversed(self.up_projections), reversed(self.skip_lns), strict=True):
+            x = norm(up(x) + skipped.pop())
+        return x
+
+
+@checked_keywords()
+class HyperSynapseUNET(SynapseUNET):
+    """A :class:`SynapseUNET` in which the chosen layers are :class:`HyperLoRALinear`.
+
+    Parameters
+    ----------
+    out_dims, depth, minimum_width, dropout
+        As in :class:`SynapseUNET`.
+    hyper_layers
+        ``"bottleneck"`` (the two deepest levels, down and up), ``"down"``, ``"up"``, ``"all"`` or
+        ``"none"``.
+    hyper_rank
+        Rank of the dynamic weights. Default 8.
+    in_dims
+        As in :class:`SynapseUNET`.
+    """
+
+    def __init__(
+        self,
+        out_dims: int,
+        depth: int,
+        minimum_width: int = 16,
+        dropout: float = 0.0,
+        hyper_layers: str = "bottleneck",
+        hyper_rank: int = 8,
+        in_dims: int | None = None,
+    ) -> None:
+        downs, ups = hyper_levels(hyper_layers, depth - 1)
+        self.hyper_layers, self.hyper_rank = hyper_layers, hyper_rank
+        self.dynamic = {"down": downs, "up": ups}
+        super().__init__(out_dims, depth, minimum_width, dropout, in_dims)
+
+    def _linear(self, direction: str, level: int) -> MakeLinear:
+        if level not in self.dynamic[direction]:
+            return nn.Linear
+        from ml_networks.torch.lora import HyperLoRALinear
+
+        return lambda inputs, outputs: HyperLoRALinear(inputs, outputs, self.hyper_rank)
+
+
+def make_synapses(in_dims: int, out_dims: int, depth: int, dropout: float) -> nn.Module:
+    """Make the synapses of a depth: one gated linear layer for 1, else a U-Net."""
+    if depth > 1:
+        return SynapseUNET(out_dims, depth, dropout=dropout, in_dims=in_dims)
+    return nn.Sequential(
+        nn.Dropout(dropout), nn.Linear(in_dims, 2 * out_dims), nn.GLU(), nn.LayerNorm(out_dims)
+    )
