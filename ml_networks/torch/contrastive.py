@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ml_networks._compat import checked_keywords
+from ml_networks._geometry import check_ranges, check_views
 from ml_networks.config import ContrastiveLearningConfig, as_config
 from ml_networks.torch.base import Module
 from ml_networks.torch.layers import MLPLayer
@@ -204,17 +205,10 @@ class ContrastiveLearningLoss(Module):
         ValueError
             For a negative range.
         """
-        for name, value in (
-            ("positive_range_self", positive_range_self),
-            ("positive_range_tgt", positive_range_tgt),
-        ):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        check_ranges(
+            positive_range_self=positive_range_self, positive_range_tgt=positive_range_tgt
+        )
         embeddings = self._embed(feature1, feature2)
-        if feature1.dim() < 2:
-            raise ValueError(
-                f"time series need shape (*batch, length, width), got {tuple(feature1.shape)}"
-            )
         losses, terms = self._nce(*embeddings)
         nce = losses["nce"]
         # The mean of products is the product with the mean: no (length x length) tensor.
@@ -239,19 +233,7 @@ class ContrastiveLearningLoss(Module):
         return (losses, embeddings) if return_emb else losses
 
     def _embed(self, feature1: Tensor, feature2: Tensor) -> Embeddings:
-        for name, feature, width in (
-            ("feature1", feature1, self.dim_input1),
-            ("feature2", feature2, self.dim_input2),
-        ):
-            if feature.dim() < 2 or feature.shape[-1] != width:
-                raise ValueError(
-                    f"{name} must have shape (*batch, {width}), got {tuple(feature.shape)}"
-                )
-        if feature1.shape[:-1] != feature2.shape[:-1]:
-            raise ValueError(
-                "feature1 and feature2 must have the same batch dimensions, got shapes "
-                f"{tuple(feature1.shape)} and {tuple(feature2.shape)}"
-            )
+        check_views((feature1.shape, feature2.shape), (self.dim_input1, self.dim_input2))
         return self.eval_func(feature1), self.eval_func2(feature2)
 
     def _nce(self, embedding1: Tensor, embedding2: Tensor) -> tuple[Losses, Losses]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ml_networks._compat import checked_keywords
+from ml_networks._geometry import SoftmaxCode
 from ml_networks.config import SoftmaxTransConfig
 
 __all__ = ["MinMaxNormalize", "SoftmaxTransformation", "determine_loader", "seed_worker"]
@@ -100,7 +101,7 @@ class MinMaxNormalize(nn.Module):
         return (x - self.old_min) * scale + self.min_val
 
 
-class SoftmaxTransformation:
+class SoftmaxTransformation(SoftmaxCode):
     r"""A soft one-hot code of continuous values, and its inverse.
 
     Each value :math:`x` becomes ``vector`` numbers
@@ -114,22 +115,12 @@ class SoftmaxTransformation:
     """
 
     def __init__(self, cfg: SoftmaxTransConfig) -> None:
-        self.vector = cfg.vector
-        self.sigma = cfg.sigma
-        self.n_ignore = cfg.n_ignore
-        self.max = cfg.max
-        self.min = cfg.min
+        super().__init__(cfg)
         self.k = torch.linspace(cfg.min, cfg.max, cfg.vector)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the code, ``(B*, F)`` to ``(B*, get_transformed_dim(F))``."""
         return self.transform(x)
-
-    def get_transformed_dim(self, dim: int) -> int:
-        """Return how many features the code of ``dim`` features has."""
-        if dim < self.n_ignore:
-            raise ValueError(f"{dim} features are fewer than the {self.n_ignore} ignored ones")
-        return (dim - self.n_ignore) * self.vector + self.n_ignore
 
     def transform(self, x: Tensor) -> Tensor:
         """Return the code, ``(B*, F)`` to ``(B*, get_transformed_dim(F))``."""
@@ -143,12 +134,6 @@ class SoftmaxTransformation:
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return the values of a code, ``(B*, get_transformed_dim(F))`` to ``(B*, F)``."""
-        n_codes = x.shape[-1] - self.n_ignore
-        if n_codes < 0 or n_codes % self.vector:
-            raise ValueError(
-                f"a code has a multiple of {self.vector} features and {self.n_ignore} ignored "
-                f"ones, got {x.shape[-1]}"
-            )
-        codes, ignored = x.split([n_codes, self.n_ignore], dim=-1)
+        codes, ignored = x.split([self._coded(x.shape[-1]), self.n_ignore], dim=-1)
         values = (codes.unflatten(-1, (-1, self.vector)) * self.k.to(x)).sum(-1)
         return torch.cat([values, ignored], -1)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ml_networks._compat import checked_keywords, did_you_mean
+from ml_networks._compat import checked_keywords
+from ml_networks._hypernetworks import (
+    NamedShapes,
+    bias_value,
+    check_encoding,
+    fan_in,
+    weight_gain,
+)
 from ml_networks.config import MLPConfig, as_config
 from ml_networks.torch.base import Module
 from ml_networks.torch.layers import MLPLayer
@@ -27,28 +34,6 @@ __all__ = [
 
 Shape: TypeAlias = tuple[int, ...]
 InputMode: TypeAlias = Literal["cos|sin", "z|1-z"] | None
-
-ENCODINGS = ("cos|sin", "z|1-z")
-DISTRIBUTIONS = (
-    "zeros",
-    "kaiming_normal",
-    "kaiming_uniform",
-    "kaiming_normal_fanout",
-    "kaiming_uniform_fanout",
-    "glorot_normal",
-    "glorot_uniform",
-    "orthogonal",
-)
-_RELU_LIKE = ("relu", "leakyrelu", "elu", "gelu", "silu", "mish")
-_GAINS = dict.fromkeys(_RELU_LIKE, math.sqrt(2.0)) | {"tanh": 5.0 / 3.0, "selu": 0.75}
-
-
-def _check_encoding(mode: str | None) -> None:
-    if mode is not None and mode not in ENCODINGS:
-        raise ValueError(
-            f"encoding must be None, {' or '.join(map(repr, ENCODINGS))}, got {mode!r}"
-            f"{did_you_mean(str(mode), ENCODINGS)}"
-        )
 
 
 def encode_input(input: Tensor, mode: InputMode = "cos|sin") -> Tensor:
@@ -72,7 +57,7 @@ def encode_input(input: Tensor, mode: InputMode = "cos|sin") -> Tensor:
     ValueError
         For another mode.
     """
-    _check_encoding(mode)
+    check_encoding(mode)
     if mode == "cos|sin":
         angle = input * (math.pi / 2)
         return torch.cat([angle.cos(), angle.sin()], -1)
@@ -104,12 +89,7 @@ def initialize_weight(
     """
     if distribution is None:
         return
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"weight distribution must be one of {', '.join(DISTRIBUTIONS)}, "
-            f"got {distribution!r}{did_you_mean(str(distribution), DISTRIBUTIONS)}"
-        )
-    gain = _GAINS.get((nonlinearity or "").lower().replace("_", ""), 1.0)
+    gain = weight_gain(distribution, nonlinearity)
     if distribution == "zeros":
         nn.init.zeros_(weight)
     elif distribution == "orthogonal":
@@ -119,9 +99,9 @@ def initialize_weight(
     elif distribution == "glorot_uniform":
         nn.init.xavier_uniform_(weight, gain)
     else:
-        fan_in = weight[0].numel()
-        fan_out = weight.numel() // weight.shape[1]
-        std = gain / math.sqrt(fan_out if distribution.endswith("fanout") else fan_in)
+        by_output = distribution.endswith("fanout")
+        fan = weight.numel() // weight.shape[1] if by_output else weight[0].numel()
+        std = gain / math.sqrt(fan)
         if "uniform" in distribution:
             nn.init.uniform_(weight, -math.sqrt(3.0) * std, math.sqrt(3.0) * std)
         else:
@@ -138,13 +118,7 @@ def initialize_bias(bias: Tensor, distribution: float | None = 0.0) -> None:
     """
     if distribution is None:
         return
-    try:
-        value = float(distribution)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"bias must be filled with a number or None, got {distribution!r}"
-        ) from None
-    nn.init.constant_(bias, value)
+    nn.init.constant_(bias, bias_value(distribution))
 
 
 def initialize_layer(
@@ -176,14 +150,6 @@ def initialize_layer(
         initialize_bias(layer.bias, init_bias)
 
 
-def _fan_in(name: str, shapes: Mapping[str, Shape]) -> int:
-    """Inputs that add up in one output: those of the weight, for a bias beside a weight."""
-    shape = shapes[name]
-    if len(shape) < 2:
-        shape = shapes.get(f"{name.removesuffix('bias')}weight", shape)
-    return max(math.prod(shape[1:] if len(shape) > 1 else shape), 1)
-
-
 def initialize_generator(layer: nn.Linear, shapes: Mapping[str, Shape], *, offset: bool) -> None:
     """Initialise the last layer of a hypernetwork by the scale of the weights it makes.
 
@@ -208,39 +174,19 @@ def initialize_generator(layer: nn.Linear, shapes: Mapping[str, Shape], *, offse
         rows = layer.weight.split(sizes)
         biases = layer.bias.split(sizes)
         for name, row, bias in zip(shapes, rows, biases, strict=True):
-            bound = 1 / math.sqrt(_fan_in(name, shapes))
+            bound = 1 / math.sqrt(fan_in(name, shapes))
             row.uniform_(-bound, bound).mul_(0.3 / math.sqrt(layer.in_features))
             bias.uniform_(-bound, bound) if offset else bias.zero_()
 
 
-class HyperNetMixin:
+class HyperNetMixin(NamedShapes):
     """Named inputs and outputs of a hypernetwork, flattened side by side.
 
     A class with it sets ``input_shapes`` and ``output_shapes``, dicts of shapes without the batch
     dimension, and ``encoding`` (see :func:`encode_input`).
     """
 
-    input_shapes: dict[str, Shape]
-    output_shapes: dict[str, Shape]
     encoding: InputMode = None
-
-    def flat_input_size(self) -> int:
-        """Entries of all inputs together, after encoding."""
-        size = sum(math.prod(shape) for shape in self.input_shapes.values())
-        return size if self.encoding is None else 2 * size
-
-    def flat_output_size(self) -> int:
-        """Entries of all outputs together."""
-        return sum(math.prod(shape) for shape in self.output_shapes.values())
-
-    def output_offsets(self) -> dict[str, tuple[int, int]]:
-        """(start, size) of each output in the flat output."""
-        offsets: dict[str, tuple[int, int]] = {}
-        start = 0
-        for name, shape in self.output_shapes.items():
-            offsets[name] = (start, math.prod(shape))
-            start += math.prod(shape)
-        return offsets
 
     def encode_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Encode each input along its last dimension."""
@@ -259,22 +205,6 @@ class HyperNetMixin:
             name: part.reshape(*flat_output.shape[:-1], *shape)
             for (name, shape), part in zip(self.output_shapes.items(), parts, strict=True)
         }
-
-    def _validate_inputs(self, inputs: Mapping[str, Tensor]) -> int:
-        """Check names and shapes; return the common batch size."""
-        if set(inputs) != set(self.input_shapes):
-            raise ValueError(
-                f"inputs must be named {sorted(self.input_shapes)}, got {sorted(inputs)}"
-            )
-        batches = {}
-        for name, shape in self.input_shapes.items():
-            given = tuple(inputs[name].shape)
-            if given not in (shape, (given[0] if given else 1, *shape)):
-                raise ValueError(f"input {name!r} must have shape (batch, *{shape}), got {given}")
-            batches[name] = 1 if given == shape else given[0]
-        if len(set(batches.values())) > 1:
-            raise ValueError(f"inputs have different batch sizes: {batches}")
-        return next(iter(batches.values()), 1)
 
 
 @checked_keywords(mlp_cfg="fc_cfg", input_mode="encoding", output_shapes="output_params")
@@ -341,7 +271,7 @@ class HyperNet(HyperNetMixin, Module):
                 "HyperNet takes either target_net, a module to run, or output_params, the shapes "
                 f"of the tensors to make, not {'both' if target_net is not None else 'neither'}"
             )
-        _check_encoding(encoding)
+        check_encoding(encoding)
         params = output_params if target_net is None else dict(target_net.named_parameters())
         assert params is not None
         if not params:
@@ -370,11 +300,7 @@ class HyperNet(HyperNetMixin, Module):
 
     def generate(self, condition: Tensor) -> dict[str, Tensor]:
         """Return the tensors for each condition: ``(*batch, input_dim)`` to (*batch, *shape)."""
-        if condition.dim() == 0 or condition.shape[-1] != self.input_dim:
-            raise ValueError(
-                f"condition must have shape (*batch, {self.input_dim}), "
-                f"got {tuple(condition.shape)}"
-            )
+        self._check_condition(condition.shape)
         made = self.unflatten_output(self.backbone(encode_input(condition, self.encoding)))
         if self.target_net is None:
             return made

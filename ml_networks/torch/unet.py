@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ml_networks._compat import checked_keywords
+from ml_networks._geometry import same_size_conv, unet_batch, unet_shape
 from ml_networks.config import ConvConfig, MLPConfig, UNetConfig, as_config
 from ml_networks.torch.attention import Attention1d, Attention2d
 from ml_networks.torch.base import Module
@@ -141,19 +143,6 @@ class _PerChannel(nn.Module):
         return x.reshape(*x.shape, *[1] * self.sides)
 
 
-def _block_config(cfg: ConvConfig, name: str) -> ConvConfig:
-    cfg = as_config(cfg, ConvConfig, what=f"{name} conv_cfg")
-    same_size = 2 * cfg.padding == cfg.dilation * (cfg.kernel_size - 1)
-    if cfg.stride != 1 or cfg.scale_factor != 0 or not same_size:
-        raise ValueError(
-            f"{name} needs a convolution that keeps the size: stride 1, scale_factor 0 and "
-            "padding = dilation * (kernel_size - 1) / 2 with an odd kernel_size, got "
-            f"stride={cfg.stride}, scale_factor={cfg.scale_factor}, padding={cfg.padding}, "
-            f"kernel_size={cfg.kernel_size}, dilation={cfg.dilation}"
-        )
-    return cfg
-
-
 def _shortcut(sides: int, in_channels: int, out_channels: int) -> nn.Module:
     if in_channels == out_channels:
         return nn.Identity()
@@ -172,7 +161,7 @@ class _ConditionalResidualBlock(nn.Module):
         cond_predict_scale: bool = False,
     ) -> None:
         super().__init__()
-        cfg = _block_config(conv_cfg, type(self).__name__)
+        cfg = same_size_conv(conv_cfg, type(self).__name__)
         convolution = _CONV_NORM_ACTIVATION[self.sides]
         self.out_channels = out_channels
         self.cond_predict_scale = cond_predict_scale
@@ -283,7 +272,7 @@ class _HyperConditionalResidualBlock(nn.Module):
         hyper_mlp_cfg: MLPConfig | None = None,
     ) -> None:
         super().__init__()
-        cfg = _block_config(conv_cfg, type(self).__name__)
+        cfg = same_size_conv(conv_cfg, type(self).__name__)
         convolution = _CONV_NORM_ACTIVATION[self.sides]
         self.out_channels = out_channels
         self.first_conv = convolution(in_channels, out_channels, cfg)
@@ -381,17 +370,7 @@ class _ConditionalUnet(Module):
         super().__init__()
         name = type(self).__name__
         cfg = as_config(cfg, UNetConfig, what=f"{name} cfg")
-        obs_shape = tuple(obs_shape)
-        if len(obs_shape) != 1 + self.sides or min(obs_shape) < 1:
-            layout = "(channels, length)" if self.sides == 1 else "(channels, height, width)"
-            raise ValueError(f"obs_shape of {name} must be {layout}, got {obs_shape}")
-        multiple = 2 ** (len(cfg.channels) - 1)
-        if any(side % multiple for side in obs_shape[1:]):
-            raise ValueError(
-                f"{name} with {len(cfg.channels)} levels halves its input "
-                f"{len(cfg.channels) - 1} times: the sides in obs_shape must be multiples of "
-                f"{multiple}, got {obs_shape}"
-            )
+        obs_shape = unet_shape(obs_shape, len(cfg.channels), self.sides, name)
         self.feature_dim = feature_dim
         self.obs_shape = obs_shape
         self.cfg = cfg
@@ -443,20 +422,12 @@ class _ConditionalUnet(Module):
         ValueError
             If a shape does not fit, or the batch dimensions differ.
         """
-        batch = base.shape[: -len(self.obs_shape)]
-        if tuple(base.shape[-len(self.obs_shape) :]) != self.obs_shape:
-            raise ValueError(
-                f"{type(self).__name__} expects base of shape (*batch, "
-                f"{', '.join(map(str, self.obs_shape))}), got {tuple(base.shape)}"
-            )
-        if cond.shape != (*batch, self.feature_dim):
-            raise ValueError(
-                f"{type(self).__name__} expects cond of shape "
-                f"{(*batch, self.feature_dim)} beside base of shape {tuple(base.shape)}, "
-                f"got {tuple(cond.shape)}"
-            )
-        x = base.reshape(batch.numel(), *self.obs_shape)
-        cond = cond.reshape(batch.numel(), self.feature_dim)
+        batch = unet_batch(
+            base.shape, cond.shape, self.obs_shape, self.feature_dim, type(self).__name__
+        )
+        samples = math.prod(batch)
+        x = base.reshape(samples, *self.obs_shape)
+        cond = cond.reshape(samples, self.feature_dim)
         skips = []
         for level in self.down_modules:
             skip, x = level(x, cond)
