@@ -15,10 +15,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 triton = pytest.importorskip("triton", reason="triton is not installed")
 jax = pytest.importorskip("jax", reason="jax is not installed")
 
-import jax.extend  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import triton.language as tl  # noqa: E402
 from jax.experimental import pallas as pl  # noqa: E402
+from jax.extend.random import threefry_2x32  # noqa: E402
 
 from ml_networks.kernels.core import (  # noqa: E402
     ahead_of_time,
@@ -183,7 +183,7 @@ def test_threefry_is_the_one_of_jax() -> None:
     counters = np.random.default_rng(0).integers(0, 1 << 32, (2, 64)).astype(np.uint32)
     for key in ((0, 0), (0x13198A2E, 0x03707344), (0xFFFFFFFF, 0xFFFFFFFF)):
         pair = jnp.asarray(key, jnp.uint32)
-        expected = np.asarray(jax.extend.random.threefry_2x32(pair, jnp.asarray(counters)))
+        expected = np.asarray(threefry_2x32(pair, jnp.asarray(counters)))
         assert np.array_equal(np.stack(dropout.threefry(key, *counters)), expected)
 
 
