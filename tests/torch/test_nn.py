@@ -223,6 +223,8 @@ def _process(rank: int, folder: str) -> None:
     )
     torch.save(_steps(rank, [(0, 2), (2, 5)]), f"{folder}/{rank}")
     torch.save(_half_precision(*[(0, 2), (2, 5)][rank]), f"{folder}/half-{rank}")
+    # While they wait, gloo's threads let go of the last tensors: they need a live interpreter.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +33,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ml_networks.io import load_weights, save_weights
 from ml_networks.tasks.images.curves import Epoch, save_learning_curves
 from ml_networks.tasks.images.mnist import load_mnist
-from ml_networks.tasks.program import pick_device, refuse, stop_on_interrupt
+from ml_networks.tasks.program import (
+    INTERRUPTED,
+    pick_device,
+    progress_bar,
+    refuse,
+    stop_on_interrupt,
+)
 from ml_networks.torch.nn import (
     Adam,
     BatchNorm1d,
@@ -54,8 +59,6 @@ PROGRAM = "ml_networks.tasks.images.train"
 LAST = "last.safetensors"
 PICTURE = "learning-curves.png"
 EVALUATED_AT_ONCE = 100
-INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ended, as shells have it."""
 
 console = Console()
 
@@ -172,6 +175,11 @@ def join_processes(device: str | None) -> Iterator[Processes]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), size, place)
+        if place.type == "cpu":
+            # A thread of gloo that still holds the tensors of the last reduction needs the GIL to
+            # let them go, and ends the process with SIGABRT if Python is already shutting down.
+            # While all wait here (a barrier has no tensors) it gets the GIL.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -325,10 +333,14 @@ def fit(
     if not main:
         run.sums.zero_()  # a checkpoint holds the sums of all processes
     stopped = False
-    with _progress_bar(visible=main) as bar:
-        task = bar.add_task("", total=n_steps * settings.epochs, epoch=run.epoch)
+    with progress_bar(console, visible=main) as bar:
+        task = bar.add_task("", total=n_steps * settings.epochs)
         while run.epoch <= settings.epochs and not stopped:
-            bar.update(task, epoch=run.epoch, completed=(run.epoch - 1) * n_steps + run.step)
+            bar.update(
+                task,
+                description=f"epoch {run.epoch}",
+                completed=(run.epoch - 1) * n_steps + run.step,
+            )
             network.train()
             started = time.monotonic()
             order = torch.randperm(
@@ -383,18 +395,6 @@ def _any(flag: bool, processes: Processes) -> bool:
     if processes.size == 1:
         return flag
     return bool(processes.total(torch.tensor(int(flag), device=processes.device)) > 0)
-
-
-def _progress_bar(*, visible: bool) -> Progress:
-    return Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not visible,
-    )
 
 
 def peak_memory(processes: Processes) -> float:
