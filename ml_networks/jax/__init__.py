@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from ml_networks.jax.activations import *
     from ml_networks.jax.attention import *
     from ml_networks.jax.base import *
+    from ml_networks.jax.contrastive import *
+    from ml_networks.jax.data import *
     from ml_networks.jax.distributions import *
+    from ml_networks.jax.hypernetworks import *
     from ml_networks.jax.layers import *
+    from ml_networks.jax.lora import *
+    from ml_networks.jax.lightning import *
     from ml_networks.jax.losses import *
     from ml_networks.jax.training import *
+    from ml_networks.jax.unet import *
     from ml_networks.jax.utils import *
     from ml_networks.jax.vision import *
     from ml_networks.jax.vit import *
@@ -34,6 +40,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("Attention1d", "Attention2d"),
     "base": ("BaseModule",),
+    "contrastive": ("ContrastiveLearningLoss",),
+    "data": ("MinMaxNormalize", "SoftmaxTransformation", "numpy_collate"),
     "distributions": (
         "BSQCodebook",
         "BernoulliStoch",
@@ -45,11 +53,14 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "get_dist",
         "stack_dist",
     ),
+    "hypernetworks": ("HyperNet",),
     "layers": (
         "ConvNormActivation",
         "ConvNormActivation1d",
         "ConvTransposeNormActivation",
         "ConvTransposeNormActivation1d",
+        "HorizonShuffle",
+        "HorizonUnShuffle",
         "Identity",
         "LinearNormActivation",
         "MLPLayer",
@@ -60,6 +71,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "TransformerLayer",
         "get_norm",
     ),
+    "lora": ("HyperLoRALinear", "LoRALinear"),
+    "lightning": ("JaxLightningModule", "JaxModelCheckpoint", "JaxModelSummary", "JaxTrainer"),
     "losses": (
         "FocalFrequencyLoss",
         "binary_focal_loss",
@@ -79,6 +92,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "train_step",
         "update_model",
     ),
+    "unet": ("ConditionalUnet1d", "ConditionalUnet2d"),
     "utils": (
         "count_nnx_params",
         "get_optimizer",
