@@ -4,5 +4,13 @@ from __future__ import annotations
 
 from .binary_spherical_quantize.jax_op import BinarySphericalCodes, binary_spherical_quantize
 from .focal_frequency_loss.jax_op import focal_frequency_loss
+from .hyper_lora_linear.jax_op import hyper_lora_linear
+from .lora_linear.jax_op import lora_linear
 
-__all__ = ["BinarySphericalCodes", "binary_spherical_quantize", "focal_frequency_loss"]
+__all__ = [
+    "BinarySphericalCodes",
+    "binary_spherical_quantize",
+    "focal_frequency_loss",
+    "hyper_lora_linear",
+    "lora_linear",
+]

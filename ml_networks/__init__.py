@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ml_networks.torch.distributions import *
     from ml_networks.torch.hypernetworks import *
     from ml_networks.torch.layers import *
+    from ml_networks.torch.lora import *
     from ml_networks.torch.losses import *
     from ml_networks.torch.neurons import *
     from ml_networks.torch.synapses import *
@@ -87,7 +88,7 @@ install_path_aliases(
         "vision": ("torch.vision", "torch.vit"),
         "torch.loss": ("torch.losses",),
         "torch.torch_utils": ("torch.utils", "torch.data"),
-        "jax.jax_utils": ("jax.utils",),
+        "jax.jax_utils": ("jax.utils", "jax.data"),
         "jax.loss": ("jax.losses",),
     },
 )

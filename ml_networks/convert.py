@@ -264,8 +264,10 @@ def _variable(
 
 def _own_entries(module: Any) -> list[_Entry] | None:
     """The entries of a class with arrays of its own; None for a class that only has children."""
-    from ml_networks.jax import distributions, layers, primitives
+    from ml_networks.jax import distributions, layers, lora, primitives
 
+    if isinstance(module, lora.LoRALinear | lora.HyperLoRALinear):
+        return _lora_entries(module)
     if isinstance(module, primitives.Linear):
         return _optional(("weight", module.kernel, np.transpose, np.transpose), module.bias)
     if isinstance(module, primitives.Conv):
@@ -379,3 +381,24 @@ def _attention_entries(module: Any) -> list[_Entry]:
         ),
         _variable("out_proj.bias", module.out.bias),
     ]
+
+
+def _lora_entries(module: Any) -> list[_Entry]:
+    """The base layer as it is when not merged, and everything beside it."""
+
+    def read() -> Array:
+        kernel = module.kernel if module.unmerged is None else module.unmerged
+        return np.asarray(kernel[...]).T
+
+    def write(array: Array) -> None:
+        module.unmerge()
+        _variable("", module.kernel, np.transpose, np.transpose).write(array)
+
+    entries = [_Entry("weight", read, write)]
+    for name in ("bias", "lora_A", "lora_B"):
+        value = getattr(module, name, None)
+        entries += [] if value is None else [_variable(name, value)]
+    for name in ("context", "to_gate", "to_u", "to_v"):
+        child = getattr(module, name, None)
+        entries += [] if child is None else _entries(child, (name,))
+    return entries

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ml_networks.jax.distributions import *
     from ml_networks.jax.hypernetworks import *
     from ml_networks.jax.layers import *
-    from ml_networks.jax.lora import *
     from ml_networks.jax.lightning import *
+    from ml_networks.jax.lora import *
     from ml_networks.jax.losses import *
     from ml_networks.jax.training import *
     from ml_networks.jax.unet import *

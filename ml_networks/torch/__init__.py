@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ml_networks.torch.data import *
     from ml_networks.torch.distributions import *
     from ml_networks.torch.hypernetworks import *
+    from ml_networks.torch.inference import *
     from ml_networks.torch.layers import *
+    from ml_networks.torch.lora import *
     from ml_networks.torch.losses import *
     from ml_networks.torch.neurons import *
     from ml_networks.torch.synapses import *
@@ -51,6 +53,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "stack_dist",
     ),
     "hypernetworks": ("HyperNet",),
+    "inference": ("Fusion", "fuse_for_inference", "unfuse"),
     "layers": (
         "ConvNormActivation",
         "ConvNormActivation1d",
@@ -67,6 +70,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "TransformerLayer",
         "get_norm",
     ),
+    "lora": ("HyperLoRALinear", "LoRALinear"),
     "losses": (
         "FocalFrequencyLoss",
         "binary_focal_loss",

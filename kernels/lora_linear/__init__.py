@@ -1,0 +1,1 @@
+"""A linear layer plus a low-rank, gated update."""
