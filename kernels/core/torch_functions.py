@@ -67,10 +67,15 @@ def _times(x: Tensor, factor: int) -> Tensor:
 
 
 def dropout_scale(
-    dropout: float, seed: int | Tensor, rows: int, columns: int, device: torch.device
+    dropout: float,
+    seed: int | Tensor,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What each element of (rows, columns) is multiplied by: 0 or ``1 / (1 - dropout)``, float32.
-    The meaning is that of `core.dropout.scale`."""
+    """What each element of (rows, columns) is multiplied by: 0 or ``1 / (1 - dropout)``. The
+    meaning is that of `core.dropout.scale`."""
     row = torch.arange(rows, device=device)[:, None]
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
@@ -89,4 +94,4 @@ def dropout_scale(
     z = _times(z ^ z >> 15, third)
     z = z ^ z >> 14
     kept = (z >> 8) >= counter.threshold(dropout)
-    return torch.where(kept, 1.0 / (1.0 - dropout), 0.0)
+    return kept.to(dtype) / (1.0 - dropout)
