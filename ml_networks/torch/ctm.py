@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, cast
 
@@ -339,13 +340,11 @@ neuron_select_type, n_random_pairing_self, in_channels
             (T, B, heads, 1, S).
         """
         features = self.compute_features(x)
-        kind = x.device.type
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        with torch.autocast(kind, enabled=False):
-            weight = self.q_proj.weight
-            look = self._look(features.to(weight.dtype))
-            synapses = self._hoisted_synapses(look, low or weight.dtype)
-            look = look.to(low or weight.dtype)
+        dtype = self._compute_dtype(x.device.type)
+        with _no_autocast(x.device.type):
+            look = self._look(features.to(self.q_proj.weight.dtype))
+            synapses = self._hoisted_synapses(look, dtype)
+            look = look.to(dtype)
         neurons = cast(NeuronLevelModel, self.trace_processor[0]).prepared()
         ticks = self.iterations
         r, scale = self._decay("action", ticks)
@@ -378,17 +377,27 @@ neuron_select_type, n_random_pairing_self, in_channels
         post = _array(activations[1:])
         return predictions, certainties, (_array(synchronised), action), pre, post, attention
 
+    def _compute_dtype(self, device: str) -> torch.dtype:
+        """The type in which the ticks multiply matrices."""
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.q_proj.weight.dtype
+
     def _hoisted_synapses(self, look: _Look, dtype: torch.dtype) -> Callable[..., Tensor]:
         """The synapses as a function of what was read and z, the attention's last projection
         multiplied into the first layer where no dropout stands between them.
         """
-        synapses = cast(nn.Module, self.synapses)
+        synapses = self.synapses
         if not isinstance(synapses, SynapseUNET):
             out_weight, out_bias = look.out_weight.to(dtype), look.out_bias.to(dtype)
-            return lambda read, z: synapses(
-                torch.cat([F.linear(read, out_weight, out_bias), z], 1)
-            )
-        first = synapses.first_projection[0]
+
+            def attend_first(read: Tensor, z: Tensor) -> Tensor:
+                attended = F.linear(read, out_weight, out_bias)
+                state: Tensor = synapses(torch.cat([attended, z], 1))
+                return state
+
+            return attend_first
+        first = cast(nn.Linear, synapses.first_projection[0])
         attended, thought = first.weight.split([self.cfg.d_input, self.cfg.d_model], 1)
         weight = torch.cat([attended @ look.out_weight, thought], 1).to(dtype)
         bias = (attended @ look.out_bias + first.bias).to(dtype)
@@ -439,6 +448,12 @@ neuron_select_type, n_random_pairing_self, in_channels
                 f"the weights are of another configuration than this {type(self).__name__}: "
                 f"{problems[0]}{more}"
             )
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Products of weights keep the weights' own precision."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _uniform(*shape: int) -> nn.Parameter:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ml_networks._compat import checked_keywords
 from ml_networks._geometry import hyper_levels, synapse_widths
+from ml_networks.torch.lora import HyperLoRALinear
 
 __all__ = ["HyperSynapseUNET", "SynapseUNET", "make_synapses"]
 
@@ -89,7 +90,7 @@ class SynapseUNET(nn.Module):
 
 @checked_keywords()
 class HyperSynapseUNET(SynapseUNET):
-    """A :class:`SynapseUNET` in which the chosen layers are :class:`HyperLoRALinear`.
+    """A :class:`SynapseUNET` whose chosen layers are :class:`~ml_networks.torch.HyperLoRALinear`.
 
     Parameters
     ----------
@@ -122,8 +123,6 @@ class HyperSynapseUNET(SynapseUNET):
     def _linear(self, direction: str, level: int) -> MakeLinear:
         if level not in self.dynamic[direction]:
             return nn.Linear
-        from ml_networks.torch.lora import HyperLoRALinear
-
         return lambda inputs, outputs: HyperLoRALinear(inputs, outputs, self.hyper_rank)
 
 
