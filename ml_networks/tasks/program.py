@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    import jax
     import torch
 
 INTERRUPTED = 130
@@ -64,5 +65,16 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        refuse(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
+    return device
+
+
+def pick_jax_device(name: str | None) -> jax.Device:
+    """JAX's first device of the platform ``name``, or of the best there is."""
+    import jax
+
+    try:
+        device: jax.Device = jax.devices(name)[0]
+    except RuntimeError as error:
         refuse(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
     return device

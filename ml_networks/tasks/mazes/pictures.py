@@ -1,0 +1,276 @@
+"""Pictures of a model that thinks about mazes: learning, routes, attention, dynamic weights."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_networks.io import write_atomically
+from ml_networks.tasks.figures import figure, save_figure
+from ml_networks.tasks.mazes.data import (
+    COLOURS,
+    OPEN,
+    SOLUTION,
+    START,
+    STEPS,
+    WAIT,
+    Mazes,
+    Pixels,
+    Routes,
+    import_pillow,
+)
+from ml_networks.tasks.mazes.learner import DynamicWeights, Measures, Thoughts
+from ml_networks.tasks.mazes.run import Point
+
+RIGHT_STEPS, WRONG_STEPS = "#1f77b4", "#e6550d"
+CONSTANT = "#7f7f7f"
+LOOKED_AT = (0.85, 0.1, 0.55)
+FRAME_MS, LAST_FRAME_MS = 250, 2500
+
+
+def save_learning_curves(history: Sequence[Point], constant: Measures, path: Path) -> None:
+    """Draw loss and accuracies over the steps; dashed, the best answer that never changes."""
+    picture = figure(9.5, 3.6)
+    left, right = picture.subplots(1, 2)
+    steps = [point.step for point in history]
+    left.plot(steps, [point.loss for point in history], marker=".", label="training")
+    left.plot(steps, [point.held_out_loss for point in history], marker=".", label="held out")
+    left.set(xlabel="step", ylabel="maze loss, nats")
+    for name, label in (
+        ("per_step", "all steps"),
+        ("on_route", "steps on the route"),
+        ("solved", "whole mazes"),
+    ):
+        values = [100 * getattr(point, name) for point in history]
+        (line,) = right.plot(steps, values, marker=".", label=label)
+        right.axhline(
+            100 * getattr(constant, name), color=line.get_color(), linestyle="--", linewidth=1
+        )
+    right.plot([], [], color=CONSTANT, linestyle="--", linewidth=1, label="best constant answer")
+    right.set(xlabel="step", ylabel="right on held-out mazes, %", ylim=(-3, 103))
+    for axes in (left, right):
+        axes.grid(visible=True, alpha=0.25)
+    left.legend()
+    right.legend(fontsize=8)
+    save_figure(picture, path)
+
+
+def _unsolved(maze: Pixels) -> Pixels:
+    """The colours (H, W, 3) of a maze as the model sees it."""
+    return COLOURS[np.where(maze == SOLUTION, OPEN, maze)]
+
+
+def _show_maze(axes: Any, maze: Pixels, alpha: float = 1.0) -> None:
+    axes.imshow(_unsolved(maze), interpolation="nearest", alpha=alpha)
+    axes.set(
+        xticks=[], yticks=[], xlim=(-0.5, maze.shape[1] - 0.5), ylim=(maze.shape[0] - 0.5, -0.5)
+    )
+    axes.spines[:].set_visible(False)
+
+
+def _path(maze: Pixels, route: Routes) -> NDArray[np.float64]:
+    """The pixels (1 + steps, 2) that a route goes through, columns before rows."""
+    moves = np.array([*STEPS, (0, 0)])[route]
+    places = np.concatenate([np.argwhere(maze == START), moves]).cumsum(0)
+    return places[:, ::-1].astype(np.float64)
+
+
+def _beginning(answer: Routes, route: Routes) -> int:
+    """How many steps are right before the first wrong one."""
+    return int((answer == route).cumprod().sum())
+
+
+class _RouteLines:
+    """A predicted route over a maze: its right beginning, and what follows the first mistake."""
+
+    def __init__(self, axes: Any, maze: Pixels, route: Routes, width: float = 2.5) -> None:
+        self.maze, self.route = maze, route
+        style = {"linewidth": width, "solid_capstyle": "round", "solid_joinstyle": "round"}
+        (self.wrong,) = axes.plot([], [], color=WRONG_STEPS, alpha=0.75, **style)
+        (self.right,) = axes.plot([], [], color=RIGHT_STEPS, **style)
+
+    def draw(self, answer: Routes) -> int:
+        """Draw an answer; return the steps on the route that it starts with."""
+        places = _path(self.maze, answer)
+        right = _beginning(answer, self.route)
+        self.right.set_data(*places[: right + 1].T)
+        self.wrong.set_data(*places[right:].T)
+        return min(right, int((self.route != WAIT).sum()))
+
+
+def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
+    """Draw the predicted routes over the mazes tick by tick, into an animated GIF.
+
+    The right beginning of each route is blue, what follows the first mistake orange; below runs
+    the certainty.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    pillow = import_pillow()
+    n, ticks = len(mazes.pixels), thoughts.certainties.shape[-1]
+    picture = figure(2.3 * n, 3.5, dpi=100)
+    canvas = FigureCanvasAgg(picture)
+    grid = picture.subplots(2, n, squeeze=False, height_ratios=[4, 1])
+    lines, dots = [], []
+    certainties = thoughts.certainties[:, 1]
+    for column, (maze, route) in enumerate(zip(mazes.pixels, mazes.routes, strict=True)):
+        above, below = grid[:, column]
+        _show_maze(above, maze)
+        lines.append(_RouteLines(above, maze, route))
+        below.plot(range(1, ticks + 1), certainties[column], color=CONSTANT, linewidth=1.2)
+        (dot,) = below.plot([], [], marker="o", color="black", markersize=5)
+        dots.append(dot)
+        below.set(ylim=(-0.05, 1.05), xlim=(0.5, ticks + 0.5), yticks=[0, 1])
+        below.tick_params(labelsize=7)
+        below.set_xlabel("tick", fontsize=8)
+    grid[1, 0].set_ylabel("certainty", fontsize=8)
+    titles = [axes.set_title("0 of 000 steps", fontsize=9) for axes in grid[0]]
+    heading = picture.suptitle("tick 00", fontsize=10)
+    canvas.draw()
+    picture.set_layout_engine("none")  # so that nothing moves from frame to frame
+
+    frames = []
+    answers = thoughts.routes
+    for tick in range(ticks):
+        heading.set_text(f"tick {tick + 1} of {ticks}")
+        for number in range(n):
+            right = lines[number].draw(answers[number, tick])
+            dots[number].set_data([tick + 1], [certainties[number, tick]])
+            length = int((mazes.routes[number] != WAIT).sum())
+            titles[number].set_text(f"{right} of {length} steps")
+        canvas.draw()
+        frames.append(pillow.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
+    content = io.BytesIO()
+    durations = [FRAME_MS] * (ticks - 1) + [LAST_FRAME_MS]
+    frames[0].save(
+        content,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        # Frames alike would be merged and the ticks miscounted.
+        disposal=2,
+    )
+    write_atomically(path, content.getvalue())
+
+
+def save_attention(mazes: Mazes, thoughts: Thoughts, path: Path, columns: int = 8) -> None:
+    """Draw where the model looks: one row a maze, ticks from left to right, heads averaged.
+
+    The darker a place, the further its weight is above the even one of 1 / positions.
+    """
+    n, ticks = thoughts.attention.shape[:2]
+    height, width = mazes.pixels.shape[1:]
+    rows = round(math.sqrt(thoughts.attention.shape[-1] * height / width))
+    weights = thoughts.attention.mean(2).reshape(n, ticks, rows, -1)
+    above = (weights * weights[0, 0].size - 1).clip(min=0)
+    shown = np.unique(np.linspace(0, ticks - 1, min(columns, ticks)).round().astype(int))
+    picture = figure(1.45 * len(shown) + 0.4, 1.5 * n + 0.3)
+    grid = picture.subplots(n, len(shown), squeeze=False)
+    answers = thoughts.routes
+    for number in range(n):
+        top = max(above[number].max(), 2.0)  # attention that is almost even stays faint
+        for column, tick in enumerate(shown):
+            axes = grid[number, column]
+            _show_maze(axes, mazes.pixels[number], alpha=0.35)
+            axes.imshow(
+                np.full((rows, weights.shape[-1], 3), LOOKED_AT),
+                alpha=0.85 * above[number, tick] / top,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="nearest",
+            )
+            lines = _RouteLines(axes, mazes.pixels[number], mazes.routes[number], width=1.2)
+            lines.draw(answers[number, tick])
+            if number == 0:
+                axes.set_title(f"tick {tick + 1}", fontsize=9)
+    save_figure(picture, path)
+
+
+def save_certainty(mazes: Mazes, thoughts: Thoughts, path: Path, examples: int = 12) -> None:
+    """Draw certainty and accuracy over the ticks: their means, and a few mazes' certainty."""
+    certainties = thoughts.certainties[:, 1]
+    ticks = np.arange(1, certainties.shape[-1] + 1)
+    right = thoughts.routes == mazes.routes[:, None]
+    under_way = mazes.routes != WAIT
+    on_route = (right & under_way[:, None]).sum((0, 2)) / under_way.sum()
+    picture = figure(9.5, 3.6)
+    left, middle = picture.subplots(1, 2)
+    left.plot(ticks, certainties[:examples].T, color=CONSTANT, linewidth=0.7, alpha=0.6)
+    left.plot(
+        [], [], color=CONSTANT, linewidth=0.7, label=f"{min(examples, len(certainties))} mazes"
+    )
+    left.plot(
+        ticks, certainties.mean(0), color="black", linewidth=2, label=f"mean of {len(certainties)}"
+    )
+    left.set(xlabel="tick", ylabel="certainty", ylim=(0, 1.03))
+    for values, label in (
+        (right.mean((0, 2)), "all steps"),
+        (on_route, "steps on the route"),
+        (right.all(2).mean(0), "whole mazes"),
+    ):
+        middle.plot(ticks, 100 * values, marker=".", label=label)
+    middle.set(xlabel="tick", ylabel="right on held-out mazes, %", ylim=(-3, 103))
+    for axes in (left, middle):
+        axes.grid(visible=True, alpha=0.25)
+        axes.legend(fontsize=8)
+    save_figure(picture, path)
+
+
+def save_dynamic_weights(weights: Mapping[str, DynamicWeights], path: Path) -> None:
+    """Draw the dynamic weights ``g U V^T`` of each hyper layer over the ticks.
+
+    One column a layer, in the order in which the state passes them. From above: the gate g of each
+    maze; the norm of the dynamic weights relative to that of the layer's own; how alike, as a
+    cosine, those of every two ticks are, for the first maze.
+    """
+    names = sorted(weights, key=_depth)
+    lowest = min(layer.similarity[0].min() for layer in weights.values())
+    lowest = math.floor(10 * min(lowest, 0.95)) / 10
+    picture = figure(1.75 * len(names) + 1.3, 5.6)
+    grid = picture.subplots(3, len(names), squeeze=False, sharey="row")
+    for column, name in enumerate(names):
+        layer = weights[name]
+        ticks = np.arange(1, layer.gate.shape[1] + 1)
+        for axes, values in zip(grid[:2, column], (layer.gate, layer.strength), strict=True):
+            axes.plot(ticks, values.T, color=RIGHT_STEPS, linewidth=0.6, alpha=0.4)
+            axes.plot(ticks, values.mean(0), color="black", linewidth=1.5)
+            axes.grid(visible=True, alpha=0.25)
+            axes.tick_params(labelsize=7)
+            axes.set_xlim(1, max(len(ticks), 2))
+        grid[0, column].set_title(" ".join(_label(name)), fontsize=9)
+        image = grid[2, column].imshow(
+            layer.similarity[0],
+            cmap="viridis",
+            vmin=lowest,
+            vmax=1,
+            extent=(0.5, len(ticks) + 0.5, len(ticks) + 0.5, 0.5),
+        )
+        grid[2, column].set_xlabel("tick", fontsize=8)
+        grid[2, column].tick_params(labelsize=7)
+    grid[0, 0].set_ylabel("gate", fontsize=9)
+    grid[0, 0].set_ylim(0, 1)
+    grid[1, 0].set_ylabel("norm / norm of W", fontsize=9)
+    grid[1, 0].set_ylim(bottom=0)
+    grid[2, 0].set_ylabel("tick", fontsize=9)
+    bar = picture.colorbar(image, ax=list(grid[2]), shrink=0.8, pad=0.01)
+    bar.set_label("cosine", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    save_figure(picture, path)
+
+
+def _label(name: str) -> tuple[str, str]:
+    """``("down", "5")`` of ``synapses.down_projections.5.1``."""
+    _, projections, level, *_ = name.split(".")
+    return projections.partition("_")[0], level
+
+
+def _depth(name: str) -> tuple[bool, int]:
+    direction, level = _label(name)
+    return direction == "up", int(level) if direction == "down" else -int(level)
