@@ -21,7 +21,7 @@ reported. distrax is imported when the first distribution is made of a state, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -170,6 +170,10 @@ class StochState:
 
     def __len__(self) -> int:
         return len(self.stoch)
+
+    def __iter__(self) -> Iterator[Self]:
+        # Without it Python would count up until an index is refused, and JAX refuses none.
+        return (self[index] for index in range(len(self)))
 
     @property
     def shape(self) -> Any:
