@@ -50,11 +50,24 @@ def test_imports() -> None:
 
 
 # The table of the guide: what both frameworks have under one name.
-NAMES = """
-Activation ConditionalUnet1d ConditionalUnet2d ContrastiveLearningLoss ConvNet Decoder Distribution
-Encoder HyperNet MLPLayer ResNetPixShuffle ResNetPixUnshuffle ViT charbonnier focal_loss
-get_optimizer
-""".split()
+NAMES = [
+    "Activation",
+    "ConditionalUnet1d",
+    "ConditionalUnet2d",
+    "ContrastiveLearningLoss",
+    "ConvNet",
+    "Decoder",
+    "Distribution",
+    "Encoder",
+    "HyperNet",
+    "MLPLayer",
+    "ResNetPixShuffle",
+    "ResNetPixUnshuffle",
+    "ViT",
+    "charbonnier",
+    "focal_loss",
+    "get_optimizer",
+]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "jax_fix_seed"])

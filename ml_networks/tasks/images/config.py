@@ -12,7 +12,10 @@ from typing import Any
 from ml_networks._compat import checked_keywords
 from ml_networks.config import Config, ResNetConfig, as_config, load_config
 
-__all__ = ["AutoencoderConfig", "ProgramConfig", "TrainingConfig"]
+__all__ = ["WARM_UP", "AutoencoderConfig", "ProgramConfig", "TrainingConfig"]
+
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate warms up."""
 
 
 @checked_keywords()
