@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from .attention.jax_op import attention
 from .binary_spherical_quantize.jax_op import BinarySphericalCodes, binary_spherical_quantize
 from .focal_frequency_loss.jax_op import focal_frequency_loss
 from .hyper_lora_linear.jax_op import hyper_lora_linear
 from .lora_linear.jax_op import lora_linear
+from .norm_activation.jax_op import norm_activation
 
 __all__ = [
     "BinarySphericalCodes",
+    "attention",
     "binary_spherical_quantize",
     "focal_frequency_loss",
     "hyper_lora_linear",
     "lora_linear",
+    "norm_activation",
 ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from .attention.torch_op import attention
 from .binary_spherical_quantize.torch_op import BinarySphericalCodes, binary_spherical_quantize
 from .focal_frequency_loss.torch_op import focal_frequency_loss
 from .hyper_lora_linear.torch_op import hyper_lora_linear
 from .lora_linear.torch_op import lora_linear
+from .norm_activation.torch_op import norm_activation
 
 __all__ = [
     "BinarySphericalCodes",
+    "attention",
     "binary_spherical_quantize",
     "focal_frequency_loss",
     "hyper_lora_linear",
     "lora_linear",
+    "norm_activation",
 ]

@@ -225,7 +225,7 @@ def _at_kinks(name: str) -> Callable[[Array], Array]:
     return activation
 
 
-_PLAIN: dict[str, Callable[[Array], Array]] = {
+_SMOOTH: dict[str, Callable[[Array], Array]] = {
     "CELU": jax.nn.celu,
     "ELU": jax.nn.elu,
     "GELU": _exact_gelu,
@@ -241,7 +241,8 @@ _PLAIN: dict[str, Callable[[Array], Array]] = {
     "Tanh": jnp.tanh,
     "TanhExp": _plain_tanhexp,
     "Tanhshrink": lambda x: x - jnp.tanh(x),
-} | {
+}
+_PLAIN: dict[str, Callable[[Array], Array]] = _SMOOTH | {
     name: _at_kinks(name)
     for name in (
         "Hardshrink",
@@ -313,15 +314,15 @@ def seed_words(seed: Any) -> tuple[Array, Array]:
 
         low, high = words(seed)
         return jnp.uint32(low), jnp.uint32(high)
-    seed = jnp.asarray(seed)
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        seed = jax.random.bits(seed, (2,), jnp.uint32)
-    if not jnp.issubdtype(seed.dtype, jnp.integer) or seed.shape not in ((), (2,)):
+    array: Array = jnp.asarray(seed)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.bits(array, (2,), jnp.uint32)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (2,)):
         raise ValueError(
             f"seed must be an integer, two uint32 words or a key of jax.random, got "
-            f"{seed.dtype}{list(seed.shape)}"
+            f"{array.dtype}{list(array.shape)}"
         )
-    if seed.shape == (2,):
-        return seed[0].astype(jnp.uint32), seed[1].astype(jnp.uint32)
-    high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.where(seed < 0, -1, 0)
-    return seed.astype(jnp.uint32), high.astype(jnp.uint32)
+    if array.shape == (2,):
+        return array[0].astype(jnp.uint32), array[1].astype(jnp.uint32)
+    high = array >> 32 if array.dtype.itemsize == 8 else jnp.where(array < 0, -1, 0)
+    return array.astype(jnp.uint32), high.astype(jnp.uint32)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dropout as counter
-from .activations import GATED
+from .activations import GATED, SELU_ALPHA, SELU_SCALE
 
 
 def _tanhexp(x: Tensor) -> Tensor:
@@ -55,6 +55,53 @@ def apply(activation: str, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, -1)
         return value * ACTIVATIONS[GATED[activation]](gate)
     return ACTIVATIONS[activation](x)
+
+
+_aten = torch.ops.aten
+
+
+def _pull_tanhexp(g: Tensor, x: Tensor) -> Tensor:
+    grown = torch.exp(x.clamp(max=5.0))
+    tanh = torch.tanh(grown)
+    return g * (tanh + torch.where(x < 5.0, x * grown * (1.0 - tanh * tanh), 0.0))
+
+
+_PULL_BACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "CELU": lambda g, x: _aten.elu_backward(g, 1.0, 1.0, 1.0, False, x),
+    "ELU": lambda g, x: _aten.elu_backward(g, 1.0, 1.0, 1.0, False, x),
+    "GELU": lambda g, x: _aten.gelu_backward(g, x),
+    "Hardshrink": lambda g, x: _aten.hardshrink_backward(g, x, 0.5),
+    "Hardsigmoid": lambda g, x: _aten.hardsigmoid_backward(g, x),
+    "Hardswish": lambda g, x: _aten.hardswish_backward(g, x),
+    "Hardtanh": lambda g, x: _aten.hardtanh_backward(g, x, -1.0, 1.0),
+    "Identity": lambda g, x: g,
+    "LeakyReLU": lambda g, x: _aten.leaky_relu_backward(g, x, 0.01, False),
+    "LogSigmoid": lambda g, x: g * torch.sigmoid(-x),
+    "Mish": lambda g, x: _aten.mish_backward(g, x),
+    "REReLU": lambda g, x: _aten.gelu_backward(g, x),
+    "ReLU": lambda g, x: _aten.threshold_backward(g, x, 0.0),
+    "ReLU6": lambda g, x: _aten.hardtanh_backward(g, x, 0.0, 6.0),
+    "SELU": lambda g, x: _aten.elu_backward(g, SELU_ALPHA, SELU_SCALE, 1.0, False, x),
+    "SiLU": lambda g, x: _aten.silu_backward(g, x),
+    "Sigmoid": lambda g, x: g * torch.sigmoid(x) * torch.sigmoid(-x),
+    "Softplus": lambda g, x: _aten.softplus_backward(g, x, 1.0, 20.0),
+    "Softshrink": lambda g, x: _aten.softshrink_backward(g, x, 0.5),
+    "Softsign": lambda g, x: g / (1.0 + x.abs()) ** 2,
+    "Tanh": lambda g, x: _aten.tanh_backward(g, torch.tanh(x)),
+    "TanhExp": _pull_tanhexp,
+    "Tanhshrink": lambda g, x: g * torch.tanh(x) ** 2,
+}
+
+
+def pull_back(activation: str, x: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient of ``x`` for the cotangent of ``apply(activation, x)``, where autograd cannot
+    be asked: inside a custom op."""
+    if activation in GATED:
+        value, gate = x.chunk(2, -1)
+        opened = ACTIVATIONS[GATED[activation]](gate)
+        of_gate = _PULL_BACKS[GATED[activation]](cotangent * value, gate)
+        return torch.cat((cotangent * opened, of_gate), -1)
+    return _PULL_BACKS[activation](cotangent, x)
 
 
 _WORD = 0xFFFFFFFF

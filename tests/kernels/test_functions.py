@@ -76,6 +76,8 @@ def test_plain_paths(name: str) -> None:
     np.testing.assert_allclose(value.detach().numpy(), exact[0], rtol=1e-12, atol=1e-14)
     rtol = SIXTH if name == "Hardsigmoid" else 1e-11
     np.testing.assert_allclose(gradient.numpy(), exact[1], rtol=rtol, atol=1e-14)
+    pulled = torch_functions.pull_back(name, x.detach(), torch.from_numpy(cotangent))
+    np.testing.assert_allclose(pulled.numpy(), exact[1], rtol=rtol, atol=1e-14)
 
     given = jnp.asarray(spread, jnp.float32)
     value, pull = jax.vjp(lambda x: jax_functions.apply(name, x), given)

@@ -1,0 +1,1 @@
+"""Norm, activation, dropout and residual over the last axis."""
