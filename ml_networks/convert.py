@@ -264,7 +264,7 @@ def _variable(
 
 def _own_entries(module: Any) -> list[_Entry] | None:
     """The entries of a class with arrays of its own; None for a class that only has children."""
-    from ml_networks.jax import distributions, layers, lora, primitives
+    from ml_networks.jax import distributions, hypernetworks, layers, lora, primitives
 
     if isinstance(module, lora.LoRALinear | lora.HyperLoRALinear):
         return _lora_entries(module)
@@ -293,6 +293,8 @@ def _own_entries(module: Any) -> list[_Entry] | None:
         return [_variable(key, value) for key, value in named.items() if value is not None]
     if isinstance(module, layers.MultiheadAttention):
         return _attention_entries(module)
+    if isinstance(module, hypernetworks.HyperNet) and module.target_net is not None:
+        return _hypernet_entries(module)
     if isinstance(module, distributions.BSQCodebook):
         return _codebook_entries(module)
     if isinstance(module, layers.PositionalEncoding):
@@ -334,6 +336,56 @@ def _transpose_to_jax(weight: Array, groups: int) -> Array:
     moved = np.moveaxis(split, (0, 1, 2), (-2, -3, -1))
     kernel = moved.reshape(*window, rows // groups, groups * columns)
     return np.flip(kernel, tuple(range(len(window))))
+
+
+def _hypernet_entries(module: Any) -> list[_Entry]:
+    """The rows of a hypernetwork's last layer are the target's parameters, flattened: in torch
+    each in torch's layout, one after another by torch's names.
+    """
+    order = _torch_order(module)
+    last = {"weight", "bias"}
+    if not hasattr(module.backbone, "kernel"):
+        last = {f"dense.{len(module.backbone.layers) - 1}.linear.{name}" for name in last}
+    entries = list(_entries(module.target_net, ("target_net",)))
+    for entry in _entries(module.backbone):
+        ordered = _permuted(entry, order) if entry.key in last else entry
+        entries.append(_Entry(f"backbone.{entry.key}", ordered.read, ordered.write))
+    return entries
+
+
+def _torch_order(module: Any) -> Array:
+    """Where each entry of the target's parameters, flattened as in torch, stands in JAX."""
+    from flax import nnx
+
+    graph, state = nnx.split(module.target_net)
+    variables = dict(nnx.to_flat_state(state))
+    for path, variable in variables.items():
+        name = ".".join(map(str, path))
+        if name in module.output_shapes:
+            start, size = module.output_offsets()[name]
+            numbers = np.arange(start, start + size, dtype=np.int64)
+            variables[path] = variable.replace(numbers.reshape(variable.shape))
+    numbered = nnx.merge(graph, nnx.from_flat_state(variables.items()))
+    rows: list[Array] = []
+    seen: set[int] = set()
+    for entry in sorted(_entries(numbered), key=lambda entry: entry.key):
+        row = entry.read().reshape(-1)
+        # Statistics are no parameters, and one that is held twice is made once.
+        if row.dtype == np.int64 and row.size and int(row[0]) not in seen:
+            seen.add(int(row[0]))
+            rows.append(row)
+    return np.concatenate(rows)
+
+
+def _permuted(entry: _Entry, order: Array) -> _Entry:
+    """The entry with its rows in another order; a gated layer has ``order`` for each half."""
+    halves = entry.read().shape[0] // len(order)
+    rows = np.concatenate([order + half * len(order) for half in range(halves)])
+    return _Entry(
+        entry.key,
+        lambda: entry.read()[rows],
+        lambda array: entry.write(array[np.argsort(rows)]),
+    )
 
 
 def _codebook_entries(module: Any) -> list[_Entry]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -45,6 +45,8 @@ __all__ = [
     "ConvNormActivation1d",
     "ConvTransposeNormActivation",
     "ConvTransposeNormActivation1d",
+    "HorizonShuffle",
+    "HorizonUnShuffle",
     "Identity",
     "LinearNormActivation",
     "MLPLayer",
@@ -54,6 +56,8 @@ __all__ = [
     "SpatialSoftmax",
     "TransformerLayer",
     "get_norm",
+    "pixel_shuffle_2d",
+    "pixel_unshuffle_2d",
 ]
 
 Array = jax.Array
@@ -228,6 +232,14 @@ class _Convolution(nnx.Module):
         """Channels where the norm stands, of the ``width`` that the convolution makes."""
         raise NotImplementedError
 
+    def through(self, convolve: Callable[[Array], Array], x: Array) -> Array:
+        """Map ``x`` as the layer does, with ``convolve`` in the place of its convolution."""
+        raise NotImplementedError
+
+    def __call__(self, x: Array) -> Array:
+        """Map (B, C, *sides) or (C, *sides) to feature maps of the same rank."""
+        return self.through(self.conv, x)
+
     def _shuffle(self, x: Array) -> Array:
         if self.scale_factor > 0:
             return pixel_shuffle(x, self.scale_factor, self.sides)
@@ -260,9 +272,9 @@ class ConvNormActivation(_Convolution):
     def _normed(self, width: int, cfg: ConvConfig) -> int:
         return width
 
-    def __call__(self, x: Array) -> Array:
-        """Map (B, C, H, W) or (C, H, W) to feature maps of the same rank."""
-        x = self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
+    def through(self, convolve: Callable[[Array], Array], x: Array) -> Array:
+        """Map (B, C, H, W) or (C, H, W), with ``convolve`` in the place of the convolution."""
+        x = convolve(self.norm(x)) if self.norm_first else self.norm(convolve(x))
         return self.dropout(self.activation(self._shuffle(x)))
 
 
@@ -290,13 +302,57 @@ class ConvNormActivation1d(_Convolution):
             return width // cfg.scale_factor
         return width * -cfg.scale_factor if cfg.scale_factor else width
 
-    def __call__(self, x: Array) -> Array:
-        """Map (B, C, L) or (C, L) to feature maps of the same rank."""
+    def through(self, convolve: Callable[[Array], Array], x: Array) -> Array:
+        """Map (B, C, L) or (C, L), with ``convolve`` in the place of the convolution."""
         if self.norm_first:
-            x = self._shuffle(self.conv(self.norm(x)))
+            x = self._shuffle(convolve(self.norm(x)))
         else:
-            x = self.norm(self._shuffle(self.conv(x)))
+            x = self.norm(self._shuffle(convolve(x)))
         return self.dropout(self.activation(x))
+
+
+class HorizonShuffle(nnx.Module):
+    """Pixel shuffle along one dimension: y[..., c, t u + i] = x[..., c u + i, t].
+
+    Parameters
+    ----------
+    upscale_factor
+        u. Default 2.
+    """
+
+    def __init__(self, upscale_factor: int = 2) -> None:
+        self.upscale_factor = upscale_factor
+
+    def __call__(self, x: Array) -> Array:
+        """Map (..., C u, T) to (..., C, T u)."""
+        return pixel_shuffle(x, self.upscale_factor, 1)
+
+
+class HorizonUnShuffle(nnx.Module):
+    """Inverse of :class:`HorizonShuffle`: y[..., c d + i, t] = x[..., c, t d + i].
+
+    Parameters
+    ----------
+    downscale_factor
+        d. Default 2.
+    """
+
+    def __init__(self, downscale_factor: int = 2) -> None:
+        self.downscale_factor = downscale_factor
+
+    def __call__(self, x: Array) -> Array:
+        """Map (..., C, T d) to (..., C d, T)."""
+        return pixel_unshuffle(x, self.downscale_factor, 1)
+
+
+def pixel_shuffle_2d(x: Array, factor: int) -> Array:
+    """Map (..., C f^2, H, W) to (..., C, H f, W f), in the order of torch's ``PixelShuffle``."""
+    return pixel_shuffle(x, factor, 2)
+
+
+def pixel_unshuffle_2d(x: Array, factor: int) -> Array:
+    """Map (..., C, H f, W f) to (..., C f^2, H, W), the inverse of :func:`pixel_shuffle_2d`."""
+    return pixel_unshuffle(x, factor, 2)
 
 
 class _ConvTranspose(nnx.Module):

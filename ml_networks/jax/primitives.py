@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ml_networks._geometry import channels_hint
 from ml_networks.jax.rngs import RngsLike, as_rngs
 
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -102,22 +103,30 @@ class Conv(nnx.Module):
         self.padding_mode = padding_mode
         self.sides = sides
 
-    def __call__(self, x: Float[Array, "batch in *sides"]) -> jax.Array:
-        """Map (batch, in, *sides) to (batch, out, *sides)."""
+    def __call__(self, x: Float[Array, "*batch in *sides"]) -> jax.Array:
+        """Map (batch, in, *sides) to (batch, out, *sides); the batch axis may be left out."""
+        check_channels("Conv", x, self.kernel.shape[-2] * self.groups, self.sides)
+        batch = x if x.ndim > self.sides + 1 else x[None]
+        bias = None if self.bias is None else self.bias[...]
+        y = self.convolve(batch, self.kernel[...], bias)
+        return y if x.ndim > self.sides + 1 else y[0]
+
+    def convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """Map (batch, in, *sides) to (batch, out, *sides) with another kernel and bias."""
         padding = [(p, p) for p in self.padding]
         if self.padding_mode != "zeros":
             x = jnp.pad(x, [(0, 0), (0, 0), *padding], mode=_PAD_MODES[self.padding_mode])
             padding = [(0, 0)] * self.sides
         y = jax.lax.conv_general_dilated(
             x,
-            self.kernel[...].astype(x.dtype),
+            kernel.astype(x.dtype),
             self.stride,
             padding,
             rhs_dilation=self.dilation,
             dimension_numbers=_dimension_numbers(self.sides),
             feature_group_count=self.groups,
         )
-        return _add_bias(y, self.bias)
+        return _add_bias(y, bias)
 
 
 class ConvTranspose(nnx.Module):
@@ -156,8 +165,11 @@ class ConvTranspose(nnx.Module):
         self.groups = groups
         self.sides = sides
 
-    def __call__(self, x: Float[Array, "batch in *sides"]) -> jax.Array:
-        """Map (batch, in, *sides) to (batch, out, *sides)."""
+    def __call__(self, x: Float[Array, "*batch in *sides"]) -> jax.Array:
+        """Map (batch, in, *sides) to (batch, out, *sides); the batch axis may be left out."""
+        check_channels("ConvTranspose", x, self.kernel.shape[-2] * self.groups, self.sides)
+        if x.ndim == self.sides + 1:
+            return self(x[None])[0]
         y = jax.lax.conv_general_dilated(
             x,
             self.kernel[...].astype(x.dtype),
@@ -168,11 +180,23 @@ class ConvTranspose(nnx.Module):
             dimension_numbers=_dimension_numbers(self.sides),
             feature_group_count=self.groups,
         )
-        return _add_bias(y, self.bias)
+        return _add_bias(y, None if self.bias is None else self.bias[...])
 
 
-def _add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return y if bias is None else y + _along_channels(bias[...], y).astype(y.dtype)
+def check_channels(owner: str, x: jax.Array, channels: int, sides: int) -> None:
+    """Raise ValueError, naming the axis that looks wrong, unless ``x`` is (channels, *sides) with
+    at most one axis before.
+    """
+    if x.ndim in (sides + 1, sides + 2) and x.shape[-1 - sides] == channels:
+        return
+    raise ValueError(
+        f"{owner} needs {channels} channels in axis {-1 - sides} of an array of {sides + 2} axes, "
+        f"got shape {x.shape}{channels_hint(x.shape, channels, sides)}"
+    )
+
+
+def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + _along_channels(bias, y).astype(y.dtype)
 
 
 def _along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -183,6 +207,7 @@ class Affine(nnx.Module):
     """``scale`` and ``bias`` of a norm; both absent without ``affine``."""
 
     def __init__(self, features: int, affine: bool, bias: bool) -> None:
+        self.features = features
         self.scale = nnx.Param(jnp.ones(features)) if affine else None
         self.bias = nnx.Param(jnp.zeros(features)) if affine and bias else None
 
@@ -244,6 +269,7 @@ class GroupNorm(Affine):
 
     def __call__(self, x: Float[Array, "batch channels *sides"]) -> jax.Array:
         """Normalise (batch, channels, *sides); the shape stays."""
+        check_channels(type(self).__name__, x, self.features, x.ndim - 2)
         exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         groups = exact.reshape(x.shape[0], self.num_groups, -1)
         centred = groups - groups.mean(-1, keepdims=True)
@@ -277,6 +303,7 @@ class BatchNorm(Affine):
 
     def __call__(self, x: Float[Array, "batch channels *sides"]) -> jax.Array:
         """Normalise (batch, channels, *sides); the shape stays."""
+        check_channels(type(self).__name__, x, self.features, x.ndim - 2)
         exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.use_running_average and self.mean is not None and self.var is not None:
             mean, var = self.mean[...], self.var[...]

@@ -18,6 +18,7 @@ from ml_networks._compat import checked_keywords
 from ml_networks._geometry import (
     Layer,
     backbone_and_head,
+    channels_hint,
     conv_net_size,
     decoder_head,
     encoder_head,
@@ -475,11 +476,9 @@ class Encoder(BaseModule):
     def __call__(self, x: Array) -> Array:
         """Map (B*, C, H, W) to (B*, feature_dim), B* being any leading axes."""
         if x.ndim < 3 or x.shape[-3] != self.obs_shape[0]:
-            last = " (the channels look to be last: transpose them to axis -3)"
-            looks_last = x.ndim >= 3 and x.shape[-1] == self.obs_shape[0]
             raise ValueError(
                 f"Encoder needs images (..., {', '.join(map(str, self.obs_shape))}), got shape "
-                f"{x.shape}{last if looks_last else ''}"
+                f"{x.shape}{channels_hint(x.shape, self.obs_shape[0], 2)}"
             )
         features = self.encoder(x.reshape(-1, *x.shape[-3:]))
         if self.output_size is not None:

@@ -207,6 +207,20 @@ class HyperNetMixin(NamedShapes):
         }
 
 
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, in an order that does not hang on the order of definitions.
+
+    The JAX side, which has no such order, makes the same one of the names in a checkpoint.
+    """
+    named: dict[str, Tensor] = {}
+    for name, parameter in sorted(
+        module.named_parameters(remove_duplicate=False), key=lambda item: item[0]
+    ):
+        if not any(parameter is other for other in named.values()):
+            named[name] = parameter
+    return named
+
+
 @checked_keywords(mlp_cfg="fc_cfg", input_mode="encoding", output_shapes="output_params")
 class HyperNet(HyperNetMixin, Module):
     r"""A network that makes the weights of another one from a condition.
@@ -272,7 +286,7 @@ class HyperNet(HyperNetMixin, Module):
                 f"of the tensors to make, not {'both' if target_net is not None else 'neither'}"
             )
         check_encoding(encoding)
-        params = output_params if target_net is None else dict(target_net.named_parameters())
+        params = output_params if target_net is None else _parameters(target_net)
         assert params is not None
         if not params:
             raise ValueError("HyperNet has no tensor to make: target_net has no parameters")
@@ -304,7 +318,7 @@ class HyperNet(HyperNetMixin, Module):
         made = self.unflatten_output(self.backbone(encode_input(condition, self.encoding)))
         if self.target_net is None:
             return made
-        own = dict(self.target_net.named_parameters())
+        own = dict(self.target_net.named_parameters(remove_duplicate=False))
         return {name: own[name] + value for name, value in made.items()}
 
     def forward(self, inputs: Tensor, condition: Tensor | None = None) -> Any:
