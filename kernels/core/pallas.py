@@ -114,14 +114,17 @@ def dot(
     transpose_left: bool = False,
     transpose_right: bool = False,
 ) -> jax.Array:
-    """A matrix product of float32 values with float32 accuracy: three TF32 products on NVIDIA
-    tensor cores, one where ``jax_default_matmul_precision`` is set to allow it.
+    """A matrix product in float32. Of float32 values with float32 accuracy: three TF32 products on
+    NVIDIA tensor cores, one where ``jax_default_matmul_precision`` is set to allow it. Products of
+    half-precision values are exact anyway.
     """
     import jax
 
     precision: Any = jax.lax.Precision.HIGHEST
     reduced = jax.config.jax_default_matmul_precision in _REDUCED  # type: ignore[attr-defined]
-    if jax_device().platform == "cuda":
+    if left.dtype != jax.numpy.float32:
+        precision = None
+    elif jax_device().platform == "cuda":
         presets = jax.lax.DotAlgorithmPreset
         precision = presets.TF32_TF32_F32 if reduced else presets.TF32_TF32_F32_X3
     elif jax_device().platform == "tpu" and reduced:
