@@ -85,8 +85,9 @@ def test_pallas_kernels_lower(op: str, target: str) -> None:
             chip = device.target(target)
             if any(found.spec.not_supported_reasons(p, "pallas", chip) for p in problems):
                 continue
+            kinds = {"f": dtype, "b": "bool"}
             arrays = {
-                name: jax.ShapeDtypeStruct(value.shape, dtype if value.dtype.kind == "f" else "i4")
+                name: jax.ShapeDtypeStruct(value.shape, kinds.get(value.dtype.kind, "i4"))
                 for name, value in found.reference.make_inputs(case, 0).items()
                 if value.size < 1 << 24
             }
