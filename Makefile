@@ -13,10 +13,14 @@ MAZES := --model ctm --maze_size 11 --maze_route_length 48 --training_mazes 2000
 	--synapse_depth 4 --memory_length 8 --memory_hidden_dims 8 \
 	--batch_size 64 --lr 2e-3 --warmup_steps 200 --training_iterations 3000 --evaluate_every 250
 
-.PHONY: help demo mazes hypermazes test bench peers gpu docs clean
+# The newest JAX needs Python 3.12 or later.
+PYTHON312 ?= python3.12
+LATEST := .venv-jax-latest
+
+.PHONY: help demo mazes hypermazes test test-jax-latest bench peers gpu docs clean
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +52,25 @@ hypermazes: $(VENV)/demo.installed  ## The same with synapses that adapt to the 
 test: $(VENV)/all.installed  ## Everything that runs in CI; the last line counts the tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/test
 
+$(LATEST)/all.installed: pyproject.toml constraints-jax-latest.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	    echo "the newest JAX needs Python 3.12 or later, and $(PYTHON312) is none:" \
+	        "give one with make test-jax-latest PYTHON312=/path/to/python"; exit 1; }
+	@echo "installing the newest JAX and the test tools into $(LATEST)"
+	$(PYTHON312) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install -qq --disable-pip-version-check \
+	    -c constraints-jax-latest.txt -e ".[jax]" \
+	    pytest pytest-timeout pytest-xdist hypothesis mlxtend matplotlib omegaconf
+	@touch $@
+
+# There it has no torch, whose side of each test comes from $(VENV) on file.
+test-jax-latest: $(VENV)/all.installed $(LATEST)/all.installed  ## The JAX tests on the newest JAX
+	rm -rf $(LATEST)/torch-side
+	ML_NETWORKS_TORCH_SIDE=$(CURDIR)/$(LATEST)/torch-side \
+	    $(BIN)/python -m pytest -n 2 -q tests/jax
+	ML_NETWORKS_TORCH_SIDE=$(CURDIR)/$(LATEST)/torch-side \
+	    $(LATEST)/bin/python -m pytest -n 2 -q -rs tests/jax tests/kernels tests/test_documents.py
+
 bench: $(VENV)/all.installed  ## Every op and model against what one would pick instead
 	$(BIN)/python -m pytest benchmarks
 
@@ -61,4 +84,4 @@ docs: $(VENV)/all.installed  ## The documentation, into site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## Remove environments and build products
-	rm -rf $(VENV) .venv-peers build dist site
+	rm -rf $(VENV) .venv-peers $(LATEST) build dist site

@@ -1,7 +1,8 @@
 """What torch answers, also where torch cannot be installed.
 
 With ``ML_NETWORKS_TORCH_SIDE`` naming a folder, an environment with torch writes there what its
-side of each test gave, and one without torch (the newest JAX's Python) reads it.
+side of each test gives and goes no further, and one without torch (that of ``make
+test-jax-latest``) reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ import pytest
 from ml_networks.io import load_weights, save_weights
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+FOLDER = os.environ.get("ML_NETWORKS_TORCH_SIDE")
 Arrays = dict[str, np.ndarray]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if FOLDER and HAS_TORCH:
+        items[:] = [item for item in items if "from_torch" in getattr(item, "fixturenames", ())]
 
 
 @pytest.fixture
@@ -27,20 +34,20 @@ def from_torch(request: pytest.FixtureRequest) -> Callable[[Callable[[], Arrays]
 
     Called at most once in a test.
     """
-    folder = os.environ.get("ML_NETWORKS_TORCH_SIDE")
     name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:24]
-    path = Path(folder or ".") / f"{name}.safetensors"
+    path = Path(FOLDER or ".") / f"{name}.safetensors"
 
     def arrays(compute: Callable[[], Arrays]) -> Arrays:
         if HAS_TORCH:
             found = compute()
-            if folder:
+            if FOLDER:
                 save_weights(found, path)
+                pytest.skip(f"torch's side is in {FOLDER}")
             return found
-        if not folder or not path.is_file():
+        if not FOLDER or not path.is_file():
             pytest.skip(
                 "torch is not installed, and the folder ML_NETWORKS_TORCH_SIDE, which would hold "
-                f"what it gives, is {folder or 'not set'}"
+                f"what it gives, is {FOLDER or 'not set'}"
             )
         return load_weights(path, "numpy")[0]
 

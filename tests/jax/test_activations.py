@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ml_networks.jax.activations import _CLASSES, _FUNCTIONS, Activation, UnknownActivationError
-
-torch = pytest.importorskip("torch", reason="torch is not installed")
+from tests.jax.conftest import Arrays
 
 POINTS = np.array([-1e4, -90.0, -20.5, -2.9, -1.2, -0.4, 0.3, 0.7, 2.0, 6.5, 21.0, 95.0, 1e4, 0.0])
 KEYWORDS = {
@@ -31,24 +32,32 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "keywords"), CASES, ids=lambda case: str(case))
-def test_value_and_gradient_are_torchs(name: str, keywords: dict) -> None:
-    from ml_networks.torch.activations import Activation as TorchActivation
-
+def test_value_and_gradient_are_torchs(name: str, keywords: dict, from_torch: Any) -> None:
     x = np.stack([POINTS, POINTS[::-1]]).astype(np.float32)
     cotangent = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
-    theirs = TorchActivation(name, dim=-1, **keywords)
-    tensor = torch.tensor(x, requires_grad=True)
-    expected = theirs(tensor)
+
+    def in_torch() -> Arrays:
+        import torch
+
+        from ml_networks.torch.activations import Activation as TorchActivation
+
+        tensor = torch.tensor(x, requires_grad=True)
+        value = TorchActivation(name, dim=-1, **keywords)(tensor)
+        pulled = torch.tensor(cotangent[:, : value.shape[1]])
+        (gradient,) = torch.autograd.grad(value, tensor, pulled)
+        return {"value": value.detach().numpy(), "gradient": gradient.numpy()}
+
+    theirs = from_torch(in_torch)
+    expected, expected_gradient = theirs["value"], theirs["gradient"]
     cotangent = cotangent[:, : expected.shape[1]]
-    (expected_gradient,) = torch.autograd.grad(expected, tensor, torch.tensor(cotangent))
     got, pull = jax.vjp(Activation(name, **keywords), jnp.asarray(x))
     (gradient,) = pull(jnp.asarray(cotangent))
     # Where torch's one-sided choice at a kink differs the subgradient does too: only x = 0.
     smooth = x != 0
-    scale = 1e-6 * (1 + np.abs(expected.detach().numpy()))
-    np.testing.assert_array_less(np.abs(got - expected.detach().numpy()), scale + 1e-6)
-    off = np.abs(np.asarray(gradient) - expected_gradient.numpy())
-    bound = 4e-6 * (1 + np.abs(expected_gradient.numpy()))
+    scale = 1e-6 * (1 + np.abs(expected))
+    np.testing.assert_array_less(np.abs(got - expected), scale + 1e-6)
+    off = np.abs(np.asarray(gradient) - expected_gradient)
+    bound = 4e-6 * (1 + np.abs(expected_gradient))
     assert (off <= bound)[smooth].all(), (off / bound).max()
     assert np.isfinite(np.asarray(gradient)).all()
 

@@ -12,10 +12,8 @@ from flax import nnx
 
 import ml_networks.jax as ours
 from ml_networks import ConvConfig, ConvNetConfig, LinearConfig, MLPConfig
+from tests.jax.conftest import Arrays
 from tests.jax.modules import normal
-
-torch = pytest.importorskip("torch", reason="torch is not installed")
-theirs = pytest.importorskip("ml_networks.torch")
 
 LABELS = np.array([[0, 3, 1], [4, 4, 2]])
 IMAGES = (normal(2, 3, 6, 5), normal(2, 3, 6, 5, seed=1))
@@ -34,26 +32,43 @@ LOSSES: list[tuple[str, tuple[np.ndarray, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "arrays", "keywords"), LOSSES, ids=lambda v: str(v)[:20])
-def test_value_and_gradient_are_torchs(name: str, arrays: Any, keywords: Any) -> None:
-    first = torch.tensor(arrays[0], requires_grad=True)
-    rest = [torch.tensor(array) for array in arrays[1:]]
-    expected = getattr(theirs, name)(first, *rest, **keywords)
-    (gradient,) = torch.autograd.grad(expected.sum(), first)
+def test_value_and_gradient_are_torchs(
+    name: str, arrays: Any, keywords: Any, from_torch: Any
+) -> None:
+    def in_torch() -> Arrays:
+        import torch
+
+        import ml_networks.torch
+
+        first = torch.tensor(arrays[0], requires_grad=True)
+        rest = [torch.tensor(array) for array in arrays[1:]]
+        value = getattr(ml_networks.torch, name)(first, *rest, **keywords)
+        (gradient,) = torch.autograd.grad(value.sum(), first)
+        return {"value": value.detach().numpy(), "gradient": gradient.numpy()}
+
+    expected = from_torch(in_torch)
 
     def total(x: Any) -> Any:
         value = getattr(ours, name)(x, *map(jnp.asarray, arrays[1:]), **keywords)
         return value.sum(), value
 
     (_, got), mine = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(arrays[0]))
-    np.testing.assert_allclose(got, expected.detach().numpy(), rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(mine, gradient.numpy(), rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(got, expected["value"], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(mine, expected["gradient"], rtol=1e-4, atol=2e-6)
 
 
-def test_focal_frequency_loss_is_torchs() -> None:
+def test_focal_frequency_loss_is_torchs(from_torch: Any) -> None:
     options = {"alpha": 0.5, "log_matrix": True}
-    expected = theirs.FocalFrequencyLoss(**options)(*map(torch.tensor, IMAGES))
+
+    def in_torch() -> Arrays:
+        import torch
+
+        from ml_networks.torch import FocalFrequencyLoss
+
+        return {"value": FocalFrequencyLoss(**options)(*map(torch.tensor, IMAGES)).numpy()}
+
     got = ours.FocalFrequencyLoss(**options)(*map(jnp.asarray, IMAGES))
-    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(got, from_torch(in_torch)["value"], rtol=1e-5)
 
 
 def test_losses_refuse_what_does_not_fit() -> None:
@@ -91,21 +106,28 @@ def test_gumbel_softmax_samples_with_straight_through_gradient(axis: int) -> Non
         ("Adagrad", {"lr": 0.1}),
     ],
 )
-def test_optimizers_step_as_torchs(name: str, keywords: dict[str, Any]) -> None:
+def test_optimizers_step_as_torchs(name: str, keywords: dict[str, Any], from_torch: Any) -> None:
     import optax
 
     start, gradients = normal(5), normal(4, 5, seed=1)
-    parameter = torch.nn.Parameter(torch.tensor(start))
-    reference = getattr(torch.optim, name)([parameter], **keywords)
+
+    def in_torch() -> Arrays:
+        import torch
+
+        parameter = torch.nn.Parameter(torch.tensor(start))
+        reference = getattr(torch.optim, name)([parameter], **keywords)
+        for gradient in gradients:
+            parameter.grad = torch.tensor(gradient)
+            reference.step()
+        return {"value": parameter.detach().numpy()}
+
     optimizer = ours.get_optimizer(name, **keywords)
     value = jnp.asarray(start)
     state = optimizer.init(value)
     for gradient in gradients:
-        parameter.grad = torch.tensor(gradient)
-        reference.step()
         updates, state = optimizer.update(jnp.asarray(gradient), state, value)
         value = optax.apply_updates(value, updates)
-    np.testing.assert_allclose(value, parameter.detach().numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(value, from_torch(in_torch)["value"], rtol=1e-4, atol=1e-6)
 
 
 def test_optimizer_names() -> None:

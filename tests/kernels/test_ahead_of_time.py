@@ -5,6 +5,7 @@ and every Pallas kernel lowers for CUDA and TPU."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 
 import pytest
@@ -12,15 +13,19 @@ import pytest
 from ml_networks.kernels.core import ahead_of_time, device, dispatch, pallas, registry
 from ml_networks.kernels.core.errors import KernelError, UnknownNameError
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("triton", reason="triton is not installed")
-
 OPS = sorted(registry.ops())
 GPUS = sorted(name for name in device.TARGETS if name != "tpu")
-compiles = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1",
-    reason="TRITON_INTERPRET=1: this process cannot compile kernels",
-)
+_MISSING = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+
+
+def compiles(test: object) -> object:
+    """A test that compiles Triton kernels."""
+    interpreting = pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1",
+        reason="TRITON_INTERPRET=1: this process cannot compile kernels",
+    )
+    missing = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {' '.join(_MISSING)}")
+    return interpreting(missing(test))
 
 
 @compiles
