@@ -171,7 +171,7 @@ class RReLU(nnx.Module):
     ) -> None:
         self.lower, self.upper = lower, upper
         self.deterministic = False
-        self.rngs = None if rngs is None else as_rngs(rngs).dropout.fork()
+        self.rngs = None if rngs is None else as_rngs(rngs, draws_parameters=False).dropout.fork()
 
     def __call__(self, x: Array) -> Array:
         """Apply the activation elementwise."""

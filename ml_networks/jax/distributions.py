@@ -604,7 +604,9 @@ class Distribution(nnx.Module):
         self.n_groups = n_groups
         self.spherical = spherical
         self.n_class = in_dim // n_groups
-        self.rngs = None if rngs is None else as_rngs(rngs)["sample"].fork()
+        self.rngs = (
+            None if rngs is None else as_rngs(rngs, draws_parameters=False)["sample"].fork()
+        )
         # Present whatever the distribution, because torch's checkpoints hold its mask. Codes too
         # wide for an index have none there either.
         if spherical and 1 <= self.n_class <= MAX_BITS:

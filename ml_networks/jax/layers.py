@@ -35,6 +35,7 @@ from ml_networks.jax.primitives import (
     LayerNorm,
     Linear,
     RMSNorm,
+    check_channels,
     pixel_shuffle,
     pixel_unshuffle,
 )
@@ -689,7 +690,9 @@ class PositionalEncoding(nnx.Module):
         *,
         rngs: RngsLike | None = None,
     ) -> None:
-        self.dropout = make_dropout(dropout, as_rngs(rngs)) if dropout > 0 else Identity()
+        self.dropout: Any = Identity()
+        if dropout > 0:
+            self.dropout = make_dropout(dropout, as_rngs(rngs, draws_parameters=False))
         position = jnp.arange(max_len)[:, None]
         frequency = jnp.exp(jnp.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
         pe = jnp.zeros((1, max_len, d_model))
@@ -758,6 +761,7 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map (B, C, H, W) to (B, H W / patch_size^2, emb_dim), patches row by row."""
+        check_channels("PatchEmbed", x, self.patch_emb_layer.kernel.shape[-2], 2)
         self._check_size(x.shape)
         patches = self.patch_emb_layer(x)
         return patches.reshape(*patches.shape[:2], -1).swapaxes(1, 2)

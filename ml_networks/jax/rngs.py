@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TypeAlias
 
 import jax
@@ -10,18 +11,28 @@ from flax import nnx
 
 RngsLike: TypeAlias = nnx.Rngs | jax.Array
 
+# Legacy keys that modules were made from, by id, as long as they live.
+_USED: dict[int, weakref.ref[jax.Array]] = {}
 
-def as_rngs(rngs: RngsLike | None) -> nnx.Rngs:
+
+def as_rngs(rngs: RngsLike | None, *, draws_parameters: bool = True) -> nnx.Rngs:
     """``rngs`` as an ``nnx.Rngs``.
 
     Parameters
     ----------
     rngs
         An ``nnx.Rngs`` (used as it is, so modules that share one draw from one stream), a key of
-        ``jax.random.key`` or a legacy ``jax.random.PRNGKey``.
+        ``jax.random.key`` or a legacy ``jax.random.PRNGKey``. JAX's own check of reuse
+        (``jax_debug_key_reuse``) does not see legacy keys, so one makes one module here.
+    draws_parameters
+        False where a key that has made a module may be used again: its numbers are no initial
+        values. Default True.
 
     Raises
     ------
+    jax.errors.KeyReuseError
+        For a legacy key that another module was made from: their initial values would be the
+        same numbers.
     TypeError
         If it is None or anything else, or an array that is not one key.
     """
@@ -38,4 +49,18 @@ def as_rngs(rngs: RngsLike | None) -> nnx.Rngs:
         return nnx.Rngs(rngs)
     if rngs.dtype != jnp.uint32 or rngs.ndim != 1:
         raise TypeError(f"rngs is an array {rngs.dtype}{list(rngs.shape)}, not a key; {wanted}")
+    if draws_parameters:
+        _use_once(rngs)
     return nnx.Rngs(jax.random.wrap_key_data(rngs))
+
+
+def _use_once(key: jax.Array) -> None:
+    """Raise KeyReuseError if this very array has made a module before."""
+    name = id(key)
+    if name in _USED and _USED[name]() is key:
+        raise jax.errors.KeyReuseError(
+            "this PRNGKey has made a module before, and another one would start from the same "
+            "numbers: split it, `first, second = jax.random.split(key)`, or share one stream, "
+            "`rngs = nnx.Rngs(key)`; for a copy of the module use nnx.clone"
+        )
+    _USED[name] = weakref.ref(key, lambda _: _USED.pop(name, None))

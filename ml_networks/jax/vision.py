@@ -552,8 +552,10 @@ class Decoder(BaseModule):
         shape = (self.feature_dim,) if isinstance(self.feature_dim, int) else self.feature_dim
         batch = x.shape[: x.ndim - len(shape)]
         if x.shape[len(batch) :] != shape:
+            hint = channels_hint(x.shape, shape[0], 2) if len(shape) == 3 else ""
             raise ValueError(
-                f"Decoder needs features (..., {', '.join(map(str, shape))}), got shape {x.shape}"
+                f"Decoder needs features (..., {', '.join(map(str, shape))}), got shape "
+                f"{x.shape}{hint}"
             )
         image = self.decoder(self.fc(x.reshape(-1, *shape)).reshape(-1, *self.input_shape))
         return image.reshape(*batch, *self.obs_shape)
