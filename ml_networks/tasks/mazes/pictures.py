@@ -108,7 +108,7 @@ def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
     """Draw the predicted routes over the mazes tick by tick, into an animated GIF.
 
     The right beginning of each route is blue, what follows the first mistake orange; below runs
-    the certainty.
+    the certainty, with a line at its highest, where the answer is read off.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -124,6 +124,8 @@ def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
         _show_maze(above, maze)
         lines.append(_RouteLines(above, maze, route))
         below.plot(range(1, ticks + 1), certainties[column], color=CONSTANT, linewidth=1.2)
+        answered_at = 1 + int(certainties[column].argmax())
+        below.axvline(answered_at, color=RIGHT_STEPS, linewidth=1.5, alpha=0.6)
         (dot,) = below.plot([], [], marker="o", color="black", markersize=5)
         dots.append(dot)
         below.set(ylim=(-0.05, 1.05), xlim=(0.5, ticks + 0.5), yticks=[0, 1])
