@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ml_networks._compat import checked_keywords
 from ml_networks._geometry import attention_heads
 from ml_networks.config import AttentionConfig
+from ml_networks.kernels.torch import attention
 
 __all__ = ["Attention1d", "Attention2d"]
 
@@ -33,11 +35,41 @@ def attend(projected: Tensor, nhead: int) -> Tensor:
     """
     batch, channels, tokens = projected.shape
     split = projected.reshape(batch, nhead, 3, channels // (3 * nhead), tokens)
-    # The fused kernels need the features of a token side by side; they would hand a transposed
-    # view to the path that stores the scores. So the three are copied into that order, once.
-    query, key, value = split.permute(2, 0, 1, 4, 3).contiguous().unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value)
+    split = split.permute(2, 0, 1, 4, 3)
+    if projected.device.type == "cpu":
+        # There the features of a token must lie side by side: one copy for all three.
+        split = split.contiguous()
+    mixed = attention(*split.unbind(0))
     return mixed.transpose(-1, -2).reshape(batch, channels // 3, tokens)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` by way of :func:`ml_networks.kernels.torch.attention`.
+
+    Parameters, their names and initial values, and results are those of the base class. A call
+    that asks for weights or has a mask, and other layouts than ``batch_first``, are left to it.
+    """
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map (B, L, d_model) queries to the same shape; keys and values are (B, S, d_model)."""
+        masked = any(options.get(name) is not None for name in ("key_padding_mask", "attn_mask"))
+        special = self.bias_k is not None or self.add_zero_attn or not self._qkv_same_embed_dim
+        weights = options.get("need_weights", True) or options.get("is_causal", False)
+        if masked or special or weights or not self.batch_first or query.dim() != 3:
+            found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
+            return found
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key and key is value:
+            projected = F.linear(query, weight, bias).chunk(3, -1)
+        else:
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            inputs = zip((query, key, value), weight.chunk(3), biases, strict=True)
+            projected = tuple(F.linear(*arguments) for arguments in inputs)
+        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        mixed = attention(*heads, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 class _Attention(nn.Module):
@@ -84,7 +116,7 @@ class Attention1d(_Attention):
     and ``attention = softmax(q k^T / sqrt(width)) v`` in each head (Vaswani et al., 2017,
     https://arxiv.org/abs/1706.03762). There is no normalisation and no positional encoding.
 
-    Memory is linear in the number of positions. The fused attention kernels have no second
+    Memory is linear in the number of positions. torch's fused attention kernels have no second
     derivative; run inside ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` to have one.
 
     Parameters

@@ -23,6 +23,7 @@ from ml_networks.config import (
     as_config,
 )
 from ml_networks.torch.activations import Activation
+from ml_networks.torch.attention import MultiheadAttention
 from ml_networks.torch.base import Module
 
 __all__ = [
@@ -514,9 +515,16 @@ class TransformerLayer(nn.Module):
         # Given as functions, these two let torch choose its fused layer for inference.
         functions: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "GELU": F.gelu}
         activation = functions.get(cfg.hidden_activation) or Activation(cfg.hidden_activation)
-        return nn.TransformerEncoderLayer(
+        layer = nn.TransformerEncoderLayer(
             cfg.d_model, cfg.nhead, cfg.dim_ff, cfg.dropout, activation, batch_first=True
         )
+        weights = layer.self_attn.state_dict()
+        layer.self_attn = MultiheadAttention(
+            cfg.d_model, cfg.nhead, cfg.dropout, batch_first=True, device="meta"
+        )
+        # Without drawing numbers, and in place of those of `meta`, which hold none.
+        layer.self_attn.load_state_dict(weights, assign=True)
+        return layer
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

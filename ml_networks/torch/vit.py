@@ -11,6 +11,7 @@ from ml_networks._compat import checked_keywords
 from ml_networks._geometry import is_glu, n_patches
 from ml_networks.config import TransformerConfig, ViTConfig, as_config
 from ml_networks.torch.activations import Activation
+from ml_networks.torch.attention import MultiheadAttention
 from ml_networks.torch.layers import PatchEmbed
 
 __all__ = ["ViT"]
@@ -26,7 +27,7 @@ class _EncoderBlock(nn.Module):
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.d_model)
-        self.attn = nn.MultiheadAttention(
+        self.attn = MultiheadAttention(
             cfg.d_model, cfg.nhead, dropout=cfg.dropout, batch_first=True
         )
         self.norm2 = nn.LayerNorm(cfg.d_model)
@@ -51,7 +52,7 @@ class _DecoderBlock(nn.Module):
         super().__init__()
         self.norm_q = nn.LayerNorm(cfg.d_model)
         self.norm_kv = nn.LayerNorm(cfg.d_model)
-        self.cross_attn = nn.MultiheadAttention(
+        self.cross_attn = MultiheadAttention(
             cfg.d_model, cfg.nhead, dropout=cfg.dropout, batch_first=True
         )
         self.norm_mlp = nn.LayerNorm(cfg.d_model)
