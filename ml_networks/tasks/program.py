@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended, as shells have it."""
 
+FRAMEWORKS = ("torch", "jax")
+
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:

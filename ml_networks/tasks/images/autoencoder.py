@@ -30,13 +30,18 @@ from ml_networks.kernels.core.usage import Row
 from ml_networks.tasks.images.config import AutoencoderConfig, ProgramConfig, TrainingConfig
 from ml_networks.tasks.images.mnist import load_mnist
 from ml_networks.tasks.images.pictures import save_code, save_reconstructions
-from ml_networks.tasks.program import INTERRUPTED, progress_bar, refuse, stop_on_interrupt
+from ml_networks.tasks.program import (
+    FRAMEWORKS,
+    INTERRUPTED,
+    progress_bar,
+    refuse,
+    stop_on_interrupt,
+)
 
 PROGRAM = "ml_networks.tasks.images.autoencoder"
 CHECKPOINT = "autoencoder.safetensors"
 PICTURE = "reconstructions.png"
 HELD_OUT = 500
-FRAMEWORKS = ("torch", "jax")
 
 Images = NDArray[np.float32]
 Indices = NDArray[np.int64]

@@ -27,6 +27,7 @@ __all__ = [
     "augment",
     "generate",
     "images_of",
+    "import_pillow",
     "load_folder",
     "pad_route",
     "save_folder",

@@ -170,7 +170,7 @@ def save_attention(mazes: Mazes, thoughts: Thoughts, path: Path, columns: int = 
     """
     n, ticks = thoughts.attention.shape[:2]
     height, width = mazes.pixels.shape[1:]
-    rows = round(math.sqrt(thoughts.attention.shape[-1] * height / width))
+    rows = _rows(thoughts.attention.shape[-1], height, width)
     weights = thoughts.attention.mean(2).reshape(n, ticks, rows, -1)
     above = (weights * weights[0, 0].size - 1).clip(min=0)
     shown = np.unique(np.linspace(0, ticks - 1, min(columns, ticks)).round().astype(int))
@@ -193,6 +193,13 @@ def save_attention(mazes: Mazes, thoughts: Thoughts, path: Path, columns: int = 
             if number == 0:
                 axes.set_title(f"tick {tick + 1}", fontsize=9)
     save_figure(picture, path)
+
+
+def _rows(positions: int, height: int, width: int) -> int:
+    """The rows of a feature map of so many positions, as near to the image's shape as can be."""
+    wanted = math.sqrt(positions * height / width)
+    fitting = [rows for rows in range(1, positions + 1) if positions % rows == 0]
+    return min(fitting, key=lambda rows: abs(rows - wanted))
 
 
 def save_certainty(mazes: Mazes, thoughts: Thoughts, path: Path, examples: int = 12) -> None:

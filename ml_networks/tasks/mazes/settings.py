@@ -17,11 +17,10 @@ from ml_networks.config import (
     HyperContinuousThoughtMachineConfig,
 )
 from ml_networks.tasks.mazes.data import CLASSES, ROUTE_LENGTH
+from ml_networks.tasks.program import FRAMEWORKS
 
 MAY_CHANGE = ("data_root", "training_iterations", "evaluate_every", "save_every")
 """Settings that a run may be resumed with other values of."""
-
-FRAMEWORKS = ("torch", "jax")
 
 SPELLING = {"token_normalize_func": lambda name: name.replace("-", "_")}
 """For a command whose options are spelt with underscores: dashes are understood too."""
