@@ -1,4 +1,4 @@
-r"""Sizes of convolution outputs, one axis at a time or for a whole shape.
+r"""Sizes of convolution outputs, one axis at a time or for a whole shape; shapes of states.
 
 With padding :math:`p`, kernel :math:`k`, stride :math:`s` and dilation :math:`d`, a convolution
 maps a length :math:`n` to :math:`\lfloor (n + 2p - d(k - 1) - 1) / s \rfloor + 1`, and a
@@ -12,9 +12,13 @@ integer for all sides or a tuple with one for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 __all__ = [
+    "BernoulliShape",
+    "CategoricalShape",
+    "NormalShape",
     "conv_out",
     "conv_out_shape",
     "conv_transpose_in",
@@ -26,6 +30,7 @@ __all__ = [
 ]
 
 PerSide = int | Sequence[int]
+Shape = tuple[int, ...]
 
 
 def conv_out(h_in: int, padding: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
@@ -135,3 +140,41 @@ def _per_side(
                 f"{tuple(shape)}; give one integer, or one for each side"
             )
     return tuple(function(*sides) for sides in zip(shape, *columns, strict=True))
+
+
+def show_shapes(name: str, shapes: Mapping[str, Any]) -> str:
+    """Return ``name(field: shape, ...)``."""
+    return f"{name}({', '.join(f'{field}: {shape}' for field, shape in shapes.items())})"
+
+
+class NormalShape(NamedTuple):
+    """Shapes of the fields of a ``NormalStoch``, of either framework."""
+
+    mean: Shape
+    std: Shape
+    stoch: Shape
+
+    def __repr__(self) -> str:
+        return show_shapes("NormalShape", self._asdict())
+
+
+class CategoricalShape(NamedTuple):
+    """Shapes of the fields of a ``CategoricalStoch``, of either framework."""
+
+    logits: Shape
+    probs: Shape
+    stoch: Shape
+
+    def __repr__(self) -> str:
+        return show_shapes("CategoricalShape", self._asdict())
+
+
+class BernoulliShape(NamedTuple):
+    """Shapes of the fields of a ``BernoulliStoch``, of either framework."""
+
+    logits: Shape
+    probs: Shape
+    stoch: Shape
+
+    def __repr__(self) -> str:
+        return show_shapes("BernoulliShape", self._asdict())

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from ml_networks.jax.primitives import Linear
 from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.jax.utils import gumbel_noise, one_hot_of_largest, straight_through
 from ml_networks.kernels.jax import BinarySphericalCodes, binary_spherical_quantize
+from ml_networks.shapes import BernoulliShape, CategoricalShape, NormalShape, show_shapes
 
 if TYPE_CHECKING:
     import os
@@ -64,49 +65,11 @@ __all__ = [
 
 Array = jax.Array
 State = TypeVar("State", bound="StochState")
-Shape = tuple[int, ...]
 
 MAX_BITS = 63
 """Most bits of a code, as in torch, where its index is a non-negative int64."""
 _WORD_BITS = 32
 _MIN_STD = 1e-6
-
-
-def _show(name: str, shapes: Sequence[tuple[str, Any]]) -> str:
-    return f"{name}({', '.join(f'{field}: {shape}' for field, shape in shapes)})"
-
-
-class NormalShape(NamedTuple):
-    """Shapes of the fields of a :class:`NormalStoch`."""
-
-    mean: Shape
-    std: Shape
-    stoch: Shape
-
-    def __repr__(self) -> str:
-        return _show("NormalShape", list(self._asdict().items()))
-
-
-class CategoricalShape(NamedTuple):
-    """Shapes of the fields of a :class:`CategoricalStoch`."""
-
-    logits: Shape
-    probs: Shape
-    stoch: Shape
-
-    def __repr__(self) -> str:
-        return _show("CategoricalShape", list(self._asdict().items()))
-
-
-class BernoulliShape(NamedTuple):
-    """Shapes of the fields of a :class:`BernoulliStoch`."""
-
-    logits: Shape
-    probs: Shape
-    stoch: Shape
-
-    def __repr__(self) -> str:
-        return _show("BernoulliShape", list(self._asdict().items()))
 
 
 class StochState:
@@ -182,8 +145,9 @@ class StochState:
 
     def __repr__(self) -> str:
         # A transform may have put anything in place of an array.
-        fields = [(name, getattr(self, name)) for name in self._printed]
-        return _show(type(self).__name__, [(n, getattr(v, "shape", v)) for n, v in fields])
+        fields = {name: getattr(self, name) for name in self._printed}
+        shapes = {name: getattr(value, "shape", value) for name, value in fields.items()}
+        return show_shapes(type(self).__name__, shapes)
 
     def stop_gradient(self) -> Self:
         """Return the state without gradients."""
@@ -251,16 +215,14 @@ class StochState:
         order[a], order[b] = b, a
         return self.transpose(*order)
 
-    def broadcast(self, shape: Shape) -> Self:
+    def broadcast(self, shape: tuple[int, ...]) -> Self:
         """Return the state with ``stoch`` broadcast to ``shape``, whose last axis is as it was."""
-        batch = tuple(shape[:-1])
+        shape = tuple(shape)
         if not shape or shape[-1] != self.stoch.shape[-1]:
-            raise ValueError(
-                f"shape must end in the {self.stoch.shape[-1]} features, got {tuple(shape)}"
-            )
+            raise ValueError(f"shape must end in the {self.stoch.shape[-1]} features, got {shape}")
         n_batch = self.stoch.ndim - 1
         result: Self = self._map(
-            lambda value: jnp.broadcast_to(value, (*batch, *value.shape[n_batch:]))
+            lambda value: jnp.broadcast_to(value, (*shape[:-1], *value.shape[n_batch:]))
         )
         return result
 

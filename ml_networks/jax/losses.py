@@ -228,8 +228,8 @@ def kl_divergence(posterior: Divergent, prior: Divergent) -> Array:
 
     Notes
     -----
-    A prior that is certain to the last bit (a logit of 20, say) gives the finite divergence of its
-    logits, where :mod:`torch.distributions` has inf.
+    Against a prior that is certain to the last bit (a Bernoulli logit of 20, say) the divergence
+    is finite, where :mod:`torch.distributions` has inf.
     """
     divergence: Array = _as_distribution(posterior).kl_divergence(_as_distribution(prior))
     return divergence

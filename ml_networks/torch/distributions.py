@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.distributions as D
@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from ml_networks._compat import UnknownDistributionError, checked_keywords, did_you_mean
 from ml_networks.io import load_blosc2_with_dtype, save_blosc2
 from ml_networks.kernels.torch import BinarySphericalCodes, binary_spherical_quantize
+from ml_networks.shapes import BernoulliShape, CategoricalShape, NormalShape, show_shapes
 from ml_networks.torch.utils import gumbel_noise, one_hot_of_largest, straight_through
 
 if TYPE_CHECKING:
@@ -65,43 +66,6 @@ MAX_BITS = 63
 _MIN_STD = 1e-6
 # They keep the order of the elements, so the fields follow the new shape of `stoch`.
 _RESHAPING = frozenset({"flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"})
-
-
-def _show(name: str, shapes: Sequence[tuple[str, torch.Size]]) -> str:
-    return f"{name}({', '.join(f'{field}: {shape}' for field, shape in shapes)})"
-
-
-class NormalShape(NamedTuple):
-    """Shapes of the fields of a :class:`NormalStoch`."""
-
-    mean: torch.Size
-    std: torch.Size
-    stoch: torch.Size
-
-    def __repr__(self) -> str:
-        return _show("NormalShape", list(self._asdict().items()))
-
-
-class CategoricalShape(NamedTuple):
-    """Shapes of the fields of a :class:`CategoricalStoch`."""
-
-    logits: torch.Size
-    probs: torch.Size
-    stoch: torch.Size
-
-    def __repr__(self) -> str:
-        return _show("CategoricalShape", list(self._asdict().items()))
-
-
-class BernoulliShape(NamedTuple):
-    """Shapes of the fields of a :class:`BernoulliStoch`."""
-
-    logits: torch.Size
-    probs: torch.Size
-    stoch: torch.Size
-
-    def __repr__(self) -> str:
-        return _show("BernoulliShape", list(self._asdict().items()))
 
 
 class StateDistribution(D.Independent):
@@ -208,7 +172,7 @@ class StochState:
         return type(self)._shape_type(*(value.shape for value in self._values()))
 
     def __repr__(self) -> str:
-        return _show(type(self).__name__, [(n, getattr(self, n).shape) for n in self._printed])
+        return show_shapes(type(self).__name__, {n: getattr(self, n).shape for n in self._printed})
 
     def get_distribution(self, independent: int = 1) -> StateDistribution:
         """Return the torch distribution, its last ``independent`` batch axes one event.
