@@ -44,11 +44,9 @@ def from_torch(request: pytest.FixtureRequest) -> Callable[[Callable[[], Arrays]
                 save_weights(found, path)
                 pytest.skip(f"torch's side is in {FOLDER}")
             return found
-        if not FOLDER or not path.is_file():
-            pytest.skip(
-                "torch is not installed, and the folder ML_NETWORKS_TORCH_SIDE, which would hold "
-                f"what it gives, is {FOLDER or 'not set'}"
-            )
+        if not FOLDER:
+            pytest.skip("torch is not installed, and ML_NETWORKS_TORCH_SIDE is not set")
+        assert path.is_file(), f"{FOLDER} does not hold torch's side of {request.node.nodeid}"
         return load_weights(path, "numpy")[0]
 
     return arrays

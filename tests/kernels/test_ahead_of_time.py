@@ -18,14 +18,16 @@ GPUS = sorted(name for name in device.TARGETS if name != "tpu")
 _MISSING = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
 
 
+has_triton = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {' '.join(_MISSING)}")
+_compiling = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="TRITON_INTERPRET=1: this process cannot compile kernels",
+)
+
+
 def compiles(test: object) -> object:
     """A test that compiles Triton kernels."""
-    interpreting = pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") == "1",
-        reason="TRITON_INTERPRET=1: this process cannot compile kernels",
-    )
-    missing = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {' '.join(_MISSING)}")
-    return interpreting(missing(test))
+    return has_triton(_compiling(test))
 
 
 @compiles
@@ -62,6 +64,7 @@ def test_a_spilling_kernel_is_seen() -> None:
     assert found.spill_bytes > 0
 
 
+@has_triton
 def test_an_interpreting_process_says_that_it_cannot_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
