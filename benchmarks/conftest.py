@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from benchmarks import report
+from benchmarks.peers_026 import Race
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +44,31 @@ def figures(request: pytest.FixtureRequest) -> list[report.Row]:
 @pytest.fixture
 def out(request: pytest.FixtureRequest) -> Path:
     return Path(request.config.getoption("--benchmark-out"))
+
+
+def collected_races(request: pytest.FixtureRequest, name: str) -> Iterator[list[Race]]:
+    """A list to collect races in; then their table is printed, and ``<name>.json`` written."""
+    found: list[Race] = []
+    yield found
+    folder = Path(request.config.getoption("--benchmark-out"))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        asdict(result) | {"speedup": result.speedup, "fastest": result.fastest} for result in found
+    ]
+    text = json.dumps(rows, indent=1)
+    (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+    lines = [f"{'forward + backward, ms':<52}{'0.2.6':>9}{'ours':>9}{'ratio':>9}{'fastest':>9}"]
+    for result in found:
+        theirs, ours = (1e3 * median(times) for times in (result.theirs, result.ours))
+        low, high = result.spread
+        lines.append(
+            f"{result.workload:<52}{theirs:>9.2f}{ours:>9.2f}{result.speedup:>8.2f}x"
+            f"{result.fastest:>8.2f}x  ({low:.2f} - {high:.2f})"
+        )
+    # Pytest keeps what a fixture prints to itself.
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        print("", *lines, sep="\n")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

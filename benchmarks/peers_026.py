@@ -3,6 +3,9 @@
 As a module: ``race(name)`` times one workload in both, turn by turn. As a script, under the Python
 of either: reads the name of a workload from each line of its input, runs it once, and answers
 with one line of JSON, ``{"seconds": ..., "version": ..., "torch": ..., "threads": ...}``.
+
+The JAX workloads (``JAX_WORKLOADS``) are compiled, run on one thread and are timed in seconds of
+the processor, compilation left out.
 """
 
 from __future__ import annotations
@@ -104,6 +107,123 @@ WORKLOADS: dict[str, Callable[..., Run]] = {
 }
 
 
+def _compiled(module: Any, *inputs: Any, loss: Callable[..., Any] | None = None) -> Run:
+    """One forward and backward pass in JAX, gradients of parameters and inputs."""
+    import jax
+    from flax import nnx
+
+    graph, parameters, rest = nnx.split(module, nnx.Param, ...)
+
+    def total(parameters: Any, rest: Any, inputs: Any) -> Any:
+        model = nnx.merge(graph, parameters, rest)
+        return (loss or (lambda model, *x: (model(*x) ** 2).mean()))(model, *inputs)
+
+    step = jax.jit(jax.value_and_grad(total, argnums=(0, 2)))
+    return lambda: jax.block_until_ready(step(parameters, rest, inputs)) and None
+
+
+def _normal(*shape: int) -> Any:
+    import jax
+
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def _image(own: bool, *shape: int) -> Any:
+    """A shape (..., C, *sides), as 0.2.6 has it where that is not this library's."""
+    sides = 2 if len(shape) > 2 else 1
+    first, channels, last = shape[: -sides - 1], shape[-sides - 1], shape[-sides:]
+    return shape if own else (*first, *last, channels)
+
+
+def _jax_mlp(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+    cfg = config.MLPConfig(256, 3, "Tanh", config.LinearConfig("ReLU", norm="layer"))
+    return _compiled(ml.MLPLayer(64, 32, cfg, rngs=rngs), _normal(256, 64))
+
+
+def _jax_encoder(backbone: str) -> Callable[..., Run]:
+    def build(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+        cfg = _backbones(config, down=True)[backbone]
+        shape = _image(own, 3, 64, 64)
+        module = ml.Encoder(64, shape, cfg, config.LinearConfig("ReLU"), rngs=rngs)
+        return _compiled(module, _normal(8, *shape))
+
+    return build
+
+
+def _jax_decoder(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+    cfg = _backbones(config, down=False)["ResNet"]
+    shape = _image(own, 3, 64, 64)
+    module = ml.Decoder(64, shape, cfg, config.LinearConfig("ReLU"), rngs=rngs)
+    return _compiled(module, _normal(8, 64))
+
+
+def _jax_unet(*shape: int) -> Callable[..., Run]:
+    def build(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+        conv = _conv(config, norm="group", norm_cfg={"num_groups": 4})
+        cfg = config.UNetConfig((16, 32, 64), conv, cond_pred_scale=True, use_shuffle=True)
+        cls = ml.ConditionalUnet1d if len(shape) == 2 else ml.ConditionalUnet2d
+        ordered = shape if own else (*shape[1:], shape[0])
+        return _compiled(cls(16, ordered, cfg, rngs=rngs), _normal(8, *ordered), _normal(8, 16))
+
+    return build
+
+
+def _jax_attention(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+    module = ml.Attention2d(64, 1, rngs=rngs)
+    return _compiled(module, _normal(*((4, 64, 16, 16) if own else (4, 16, 16, 64))))
+
+
+def _jax_contrastive(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+    network = config.MLPConfig(64, 1, "Identity", config.LinearConfig("ReLU"))
+    cfg = config.ContrastiveLearningConfig(32, network)
+    module = ml.ContrastiveLearningLoss(64, 64, cfg, rngs=rngs)
+
+    def loss(model: Any, *features: Any) -> Any:
+        return model.calc_nce(*features)["nce"].mean()
+
+    return _compiled(module, _normal(256, 64), _normal(256, 64), loss=loss)
+
+
+def _jax_losses(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+    shape = _image(own, 16, 3, 64, 64)
+    frequency = ml.FocalFrequencyLoss()
+
+    def loss(model: Any, prediction: Any, target: Any) -> Any:
+        return ml.charbonnier(prediction, target).mean() + frequency(prediction, target)
+
+    identity = ml.MLPLayer(
+        1, 1, config.MLPConfig(1, 1, "Tanh", config.LinearConfig("ReLU")), rngs=rngs
+    )
+    return _compiled(identity, _normal(*shape), _normal(*shape) + 1, loss=loss)
+
+
+def _jax_focal(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
+    import jax.numpy as jnp
+
+    def loss(model: Any, logits: Any) -> Any:
+        return ml.focal_loss(logits, jnp.arange(4096) % 100)
+
+    identity = ml.MLPLayer(
+        1, 1, config.MLPConfig(1, 1, "Tanh", config.LinearConfig("ReLU")), rngs=rngs
+    )
+    return _compiled(identity, _normal(4096, 100), loss=loss)
+
+
+# What 0.2.6 runs in JAX: no transposed convolutions, attention with several heads or ViT.
+JAX_WORKLOADS: dict[str, Callable[..., Run]] = {
+    "JAX MLPLayer (256, 64), 3 x 256": _jax_mlp,
+    "JAX Encoder, ConvNet": _jax_encoder("ConvNet"),
+    "JAX Encoder, ResNet": _jax_encoder("ResNet"),
+    "JAX Decoder, ResNet": _jax_decoder,
+    "JAX ConditionalUnet1d (4, 256), shuffle": _jax_unet(4, 256),
+    "JAX ConditionalUnet2d (3, 32, 32), shuffle": _jax_unet(3, 32, 32),
+    "JAX Attention2d (4, 64, 16, 16), 1 head": _jax_attention,
+    "JAX calc_nce, batch 256": _jax_contrastive,
+    "JAX charbonnier + focal frequency, 16 x 3 x 64 x 64": _jax_losses,
+    "JAX focal_loss (4096, 100)": _jax_focal,
+}
+
+
 @dataclass(frozen=True)
 class Race:
     """Seconds of each round in both, and what ran."""
@@ -169,7 +289,7 @@ def race(
     Parameters
     ----------
     workload
-        One of ``WORKLOADS``.
+        One of ``WORKLOADS`` or ``JAX_WORKLOADS``.
     peers_python
         A Python that has 0.2.6.
     seconds
@@ -178,10 +298,13 @@ def race(
         but at least so many are run.
     threads
         Of each side. Default: torch's own choice. With one, what the other cores do matters less.
+        JAX always has one.
     """
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     if threads is not None:
         clean["OMP_NUM_THREADS"] = str(threads)
+    if workload in JAX_WORKLOADS:
+        clean |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
     here = clean | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     with _child(sys.executable, here) as ours, _child(str(peers_python), clean) as theirs:
@@ -198,37 +321,65 @@ def race(
     return Race(workload, tuple(times["ours"]), tuple(times["theirs"]), answers)
 
 
-def _answer() -> None:
+def _is_own(config: Any) -> bool:
+    """Whether this repository's library is the one imported, not 0.2.6."""
+    own = Path(__file__).parent.parent / "ml_networks"
+    return Path(config.__file__).parent.samefile(own) if own.exists() else False
+
+
+def _facts(config: Any, **more: Any) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {"version": "this" if _is_own(config) else version("ml-networks")} | more
+
+
+def _torch_side() -> tuple[dict[str, Any], Callable[[str], Run]]:
     import torch
 
     import ml_networks.config as config
     import ml_networks.torch as ml
 
-    # 0.2.6 is the one that is installed as a distribution of that version; this repository has
-    # its own on the path.
-    own = Path(__file__).parent.parent / "ml_networks"
-    from importlib.metadata import version
-
-    is_own = Path(config.__file__).parent.samefile(own) if own.exists() else False
-    facts = {
-        "version": "this" if is_own else version("ml-networks"),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
     # glibc keeps freed memory for later once a large block has been freed, which importing the
     # dependencies of 0.2.6 happens to do. Without it every pass waits for fresh pages.
     torch.ones(31 << 20, dtype=torch.uint8)
+
+    def build(name: str) -> Run:
+        torch.manual_seed(0)
+        return WORKLOADS[name](ml, config, torch)
+
+    return _facts(config, torch=torch.__version__, threads=torch.get_num_threads()), build
+
+
+def _jax_side() -> tuple[dict[str, Any], Callable[[str], Run]]:
+    import jax
+    from flax import nnx
+
+    import ml_networks.config as config
+    import ml_networks.jax as ml
+
+    def build(name: str) -> Run:
+        return JAX_WORKLOADS[name](ml, config, _is_own(config), nnx.Rngs(0))
+
+    return _facts(config, jax=jax.__version__, threads=1), build
+
+
+def _answer() -> None:
     ready: dict[str, Run] = {}
+    sides: dict[bool, tuple[dict[str, Any], Callable[[str], Run]]] = {}
     for line in sys.stdin:
         name = line.strip()
+        in_jax = name in JAX_WORKLOADS
+        if in_jax not in sides:
+            sides[in_jax] = _jax_side() if in_jax else _torch_side()
+        facts, build = sides[in_jax]
         if name not in ready:
-            torch.manual_seed(0)
-            ready[name] = WORKLOADS[name](ml, config, torch)
+            ready[name] = build(name)
             for _ in range(WARM_UP):
                 ready[name]()
-        start = time.perf_counter()
+        clock = time.process_time if in_jax else time.perf_counter
+        start = clock()
         ready[name]()
-        print(json.dumps({"seconds": time.perf_counter() - start} | facts), flush=True)
+        print(json.dumps({"seconds": clock() - start} | facts), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
-from statistics import median
 
 import pytest
 
 from benchmarks import peers
+from benchmarks.conftest import collected_races
 from benchmarks.peers_026 import WORKLOADS, Race, race
 
 REQUIRED = {
@@ -23,27 +19,7 @@ REQUIRED = {
 @pytest.fixture(scope="module")
 def races(request: pytest.FixtureRequest) -> Iterator[list[Race]]:
     """Collects the results; prints the table and writes the JSON at the end."""
-    found: list[Race] = []
-    yield found
-    folder = Path(request.config.getoption("--benchmark-out"))
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        asdict(result) | {"speedup": result.speedup, "fastest": result.fastest} for result in found
-    ]
-    text = json.dumps(rows, indent=1)
-    (folder / "torch_library.json").write_text(f"{text}\n", encoding="utf-8")
-    lines = [f"{'forward + backward, ms':<52}{'0.2.6':>9}{'ours':>9}{'ratio':>9}{'fastest':>9}"]
-    for result in found:
-        theirs, ours = (1e3 * median(times) for times in (result.theirs, result.ours))
-        low, high = result.spread
-        lines.append(
-            f"{result.workload:<52}{theirs:>9.2f}{ours:>9.2f}{result.speedup:>8.2f}x"
-            f"{result.fastest:>8.2f}x  ({low:.2f} - {high:.2f})"
-        )
-    # Pytest keeps what a fixture prints to itself.
-    capture = request.config.pluginmanager.get_plugin("capturemanager")
-    with capture.global_and_fixture_disabled() if capture else nullcontext():
-        print("", *lines, sep="\n")
+    yield from collected_races(request, "torch_library")
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
