@@ -7,6 +7,7 @@ one that is not the choice for the forward pass: the two passes of training come
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -184,15 +185,16 @@ def _plain(
     if mask is not None:
         hidden = ~mask if mask.dtype == bool else mask == -jnp.inf
         bias = None if mask.dtype == bool else jnp.where(hidden, 0.0, mask)
-    output = jax.nn.dot_product_attention(
-        query.swapaxes(1, 2),
-        key.swapaxes(1, 2),
-        value.swapaxes(1, 2),
-        bias=bias,
-        mask=None if hidden is None else ~hidden,
-        is_causal=call.causal,
-        scale=call.scale,
-    ).swapaxes(1, 2)
+    with _precision(query.dtype):
+        output = jax.nn.dot_product_attention(
+            query.swapaxes(1, 2),
+            key.swapaxes(1, 2),
+            value.swapaxes(1, 2),
+            bias=bias,
+            mask=None if hidden is None else ~hidden,
+            is_causal=call.causal,
+            scale=call.scale,
+        ).swapaxes(1, 2)
     if hidden is not None:
         # JAX spreads the weight of a row without keys over all of them.
         empty = _hidden(hidden, query, key, call).all(-1, keepdims=True)
@@ -211,7 +213,7 @@ def _weights(
     query: Array, key: Array, mask: Array | None, seed: Array | None, call: Call
 ) -> tuple[Array, Array | float]:
     """All weights of a query, and what dropout multiplies them by."""
-    scores = call.scale * jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=_full_precision())
+    scores = call.scale * jnp.einsum("bhqd,bhkd->bhqk", query, key)
     hidden = None
     if mask is not None and mask.dtype == bool:
         hidden = ~mask
@@ -235,10 +237,13 @@ def _widened(array: Array, heads: int) -> Array:
     return jnp.repeat(array, heads // array.shape[1], 1)
 
 
-def _full_precision() -> Any:
-    """IEEE float32 unless the user set a matmul precision: unset, XLA would allow TF32."""
+def _precision(dtype: Any) -> AbstractContextManager[None]:
+    """IEEE float32 unless the user set a matmul precision: unset, XLA would allow TF32, which
+    holds all of a half-precision number and not all of a float32 one."""
     set_by_user = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
-    return None if set_by_user else jax.lax.Precision.HIGHEST
+    if set_by_user or dtype != jnp.float32:
+        return nullcontext()
+    return jax.default_matmul_precision("highest")
 
 
 def _spelled_out(
@@ -246,11 +251,9 @@ def _spelled_out(
 ) -> Array:
     """The op with all scores in memory."""
     q, k, v = (_widened(array, query.shape[1]) for array in (query, key, value))
-    weights, kept = _weights(q, k, mask, seed, call)
-    precision = _full_precision()
-    return jnp.einsum("bhqk,bhkd->bhqd", weights * kept, v, precision=precision).astype(
-        query.dtype
-    )
+    with _precision(query.dtype):
+        weights, kept = _weights(q, k, mask, seed, call)
+        return jnp.einsum("bhqk,bhkd->bhqd", weights * kept, v).astype(query.dtype)
 
 
 @partial(jax.jit, static_argnames="call")
