@@ -1,8 +1,8 @@
-"""Checks that ops share on what a caller hands them."""
+"""What ops share in taking their arguments and in being differentiated twice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +40,42 @@ def torch_tensors(tensors: Mapping[str, torch.Tensor | None]) -> list[Any]:
                 f"{name} is {value.dtype} and {first} is {reference.dtype}; convert one of them"
             )
     return list(tensors.values())
+
+
+def plain_vjp(
+    function: Callable[..., Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor | None],
+    cotangents: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """The gradient of each input of a function made of ordinary torch operations, itself
+    differentiable where autograd records: what a custom op's backward op has for its own
+    derivative."""
+    import torch
+
+    def leaf(value: torch.Tensor | None) -> torch.Tensor | None:
+        """One that is part of a graph already stays so."""
+        if value is None or value.requires_grad:
+            return value
+        return value.detach().requires_grad_()
+
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [leaf(value) for value in inputs]
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(function(*leaves), cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                [value for value in leaves if value is not None],
+                [cotangent for _, cotangent in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    return [None if value is None else next(found) for value in leaves]
 
 
 def jax_arrays(arrays: Mapping[str, jax.Array | None]) -> list[Any]:

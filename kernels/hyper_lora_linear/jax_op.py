@@ -1,11 +1,14 @@
-"""Hypernetwork low-rank linear for JAX: the public function and the plain path."""
+"""Hypernetwork low-rank linear for JAX: the public function, the plain path, the derivatives.
+
+Inside, rows are (n, features) and contexts (n, context).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from ..core.arguments import jax_arrays
 from ..core.device import jax_device
 from ..core.problem import Problem
 from ..core.registry import Binding
-from . import spec
+from . import pallas_kernel, spec
 
 
 def hyper_lora_linear(
@@ -102,70 +105,136 @@ def hyper_lora_linear(
     }
     arrays = dict(zip(named, jax_arrays(named), strict=True))
     spec.check_shapes({name: a if a is None else a.shape for name, a in arrays.items()})
-    decision = _decide(arrays, "forward", implementation)
+    leading = arrays["x"].shape[:-1]
+    for name in ("x", "context"):
+        arrays[name] = arrays[name].reshape(math.prod(leading), arrays[name].shape[-1])
+    inputs = Inputs(*arrays.values())
+    options = Options(float(scale), implementation)
+    decision = _decide(inputs, options, "forward")
     with usage.timed(decision):
-        return _plain(*arrays.values(), scale=float(scale))
+        plain = decision.implementation == "xla" or not inputs.rows.size
+        y = (_plain if plain else _fused)(inputs, options)
+    return y.reshape(*leading, weight.shape[0])
 
 
-def _decide(
-    arrays: Mapping[str, Any], direction: str, implementation: str | None
-) -> dispatch.Decision:
-    x, (width_out, width_in) = arrays["x"], arrays["weight"].shape
-    rank = arrays["u_bias"].shape[0] // width_out
-    sizes = (math.prod(x.shape[:-1]), width_in, width_out, rank, arrays["context"].shape[-1])
+class Inputs(NamedTuple):
+    """The arrays of a call, or their gradients."""
+
+    rows: Array
+    weight: Array
+    bias: Array | None
+    context: Array
+    gate_weight: Array
+    gate_bias: Array
+    u_weight: Array
+    u_bias: Array
+    v_weight: Array
+    v_bias: Array
+
+
+class Options(NamedTuple):
+    """What a call fixes beside its arrays: hashable, so it can be static."""
+
+    scale: float
+    implementation: str | None
+
+
+def _decide(inputs: Inputs, options: Options, direction: str) -> dispatch.Decision:
+    width_out, width_in = inputs.weight.shape
+    rank = inputs.v_bias.shape[0] // width_in
+    sizes = (inputs.rows.shape[0], width_in, width_out, rank, inputs.context.shape[1])
     problem = Problem(
         spec.NAME,
         tuple(zip(spec.DIMENSIONS, sizes, strict=True)),
-        x.dtype.name,
+        inputs.rows.dtype.name,
         (),
         direction,
     )
-    return dispatch.decide(problem, jax_device(), BINDING, implementation)
+    return dispatch.decide(problem, jax_device(), BINDING, options.implementation)
 
 
-def _generator(weight: Array, bias: Array, features: int) -> Array:
-    """A generator as a shared adapter (features, rank * context + rank): all pairs of rank and
-    context, then the biases."""
-    shapes = (features, weight.size // features), (features, bias.size // features)
-    return jnp.concatenate((weight.reshape(shapes[0]), bias.reshape(shapes[1])), 1)
-
-
-def _middle(p: Array, context: Array, gate: Array) -> Array:
-    """From the rows through the generator of V to those that meet the generator of U, both
-    (rows, rank * context + rank)."""
-    rows, features = context.shape
-    rank = p.shape[1] // (features + 1)
-    pairs = p[:, :-rank].reshape(rows, rank, features)
-    t = gate * ((pairs * context[:, None]).sum(-1) + p[:, -rank:])
-    wide = (t[:, :, None] * context[:, None]).reshape(rows, rank * features)
-    return jnp.concatenate((wide, t), 1)
-
-
-@partial(jax.jit, static_argnames="scale")
-def _plain(
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    context: Array,
-    gate_weight: Array,
-    gate_bias: Array,
-    u_weight: Array,
-    u_bias: Array,
-    v_weight: Array,
-    v_bias: Array,
-    *,
-    scale: float,
-) -> Array:
+@partial(jax.jit, static_argnames="options")
+def _plain(inputs: Inputs, options: Options) -> Array:
     """The op in ordinary JAX operations, differentiable any number of times."""
+    rows, weight, bias, context, gate_weight, gate_bias, *generators = inputs
     width_out, width_in = weight.shape
-    count = math.prod(x.shape[:-1])
-    rows, c = x.reshape(count, width_in), context.reshape(count, context.shape[-1])
-    gate = jax.nn.sigmoid(c @ gate_weight.T + gate_bias)
-    q = _middle(rows @ _generator(v_weight, v_bias, width_in), c, gate)
-    y = rows @ weight.T + scale * (q @ _generator(u_weight, u_bias, width_out).T)
-    if bias is not None:
-        y = y + bias
-    return y.reshape(*x.shape[:-1], width_out)
+    u = pallas_kernel.generator(generators[0], generators[1], width_out)
+    v = pallas_kernel.generator(generators[2], generators[3], width_in)
+    c = pallas_kernel.with_one(context)[:, None]
+    gate = jax.nn.sigmoid(context @ gate_weight.T + gate_bias)
+    p = (rows @ v).reshape(rows.shape[0], v.shape[1] // c.shape[2], c.shape[2])
+    t = gate * (p * c).sum(2)
+    q = (t[:, :, None] * c).reshape(rows.shape[0], v.shape[1])
+    y = rows @ weight.T + options.scale * (q @ u.T)
+    return y if bias is None else y + bias
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fused(inputs: Inputs, options: Options) -> Array:
+    return _fused_forward(inputs, options)[0]
+
+
+def _fused_forward(inputs: Inputs, options: Options) -> tuple[Array, tuple[Inputs, Array]]:
+    decision = _decide(inputs, options, "forward")
+    y, p = pallas_kernel.forward(
+        *inputs, scale=options.scale, config=decision.config, device=jax_device()
+    )
+    return y, (inputs, p)
+
+
+def _fused_backward(options: Options, residuals: Any, dy: Array) -> tuple[Inputs]:
+    inputs, p = residuals
+    # Under jit XLA drops what nobody asks for: a frozen weight's gradient costs nothing.
+    of_weight = dy.T @ inputs.rows
+    of_bias = None if inputs.bias is None else dy.sum(0)
+    of_rows, *rest = _gradient(dy, inputs, p, options)
+    return (Inputs(of_rows, of_weight, of_bias, *rest),)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+Gradients = tuple[Array, ...]
+"""Of the rows, context and the six generator arrays."""
+
+
+@partial(jax.jit, static_argnames="options")
+def _plain_gradient(dy: Array, inputs: Inputs, options: Options) -> Gradients:
+    (found,) = jax.vjp(partial(_plain, options=options), inputs)[1](dy)
+    return found.rows, *found[3:]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gradient(dy: Array, inputs: Inputs, p: Array, options: Options) -> Gradients:
+    """The gradients; their own derivative goes through the plain path."""
+    decision = _decide(inputs, options, "backward")
+    with usage.timed(decision):
+        if decision.implementation == "xla":
+            return _plain_gradient(dy, inputs, options)
+        rows, weight, _, *rest = inputs
+        return pallas_kernel.backward(
+            *(dy, rows, weight, *rest, p),
+            scale=options.scale,
+            config=decision.config,
+            device=jax_device(),
+        )
+
+
+def _gradient_forward(
+    dy: Array, inputs: Inputs, p: Array, options: Options
+) -> tuple[Gradients, tuple[Array, Inputs, Array]]:
+    return _gradient(dy, inputs, p, options), (dy, inputs, p)
+
+
+def _gradient_backward(
+    options: Options, residuals: tuple[Array, Inputs, Array], cotangents: Gradients
+) -> tuple[Array, Inputs, Array]:
+    dy, inputs, p = residuals
+    pull = jax.vjp(partial(_plain_gradient, options=options), dy, inputs)[1]
+    # The plain gradient takes p again from the rows.
+    return *pull(cotangents), jnp.zeros_like(p)
+
+
+_gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
 def _call(
@@ -178,7 +247,7 @@ def _call(
 BINDING = Binding(
     op=spec.NAME,
     framework="jax",
-    implementations=("xla",),
+    implementations=("xla", "pallas"),
     call=_call,
     differentiable=("x", "context", "gate_weight", "u_weight", "u_bias", "v_weight", "v_bias"),
     kernel_module="pallas_kernel",

@@ -26,6 +26,7 @@ CASES = (
     _case("odd", "ragged", (21, 37, 29, 3, 5), scale=2.0),
     _case("synapse-1024", "large", (64, 1024, 880, 8, 8)),
     _case("synapse-bottleneck", "large", (64, 304, 160, 8, 8)),
+    _case("mlp-256", "large", (2048, 256, 256, 8, 8)),
     _case("mlp-512", "large", (4096, 512, 512, 8, 8)),
 )
 
@@ -33,13 +34,16 @@ CASES = (
 @dataclass(frozen=True)
 class Config:
     """The tile of one program: ``block_rows`` x ``block_columns`` of the output, ``block_depth``
-    of the contracted axis at a time."""
+    of the contracted axis at a time. The pass over the output's gradient holds ``pass_rows`` x
+    ``pass_columns``."""
 
     block_rows: int = 32
     block_columns: int = 64
-    block_depth: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
+    block_depth: int = 32
+    num_warps: int = 8
+    num_stages: int = 2
+    pass_rows: int = 16
+    pass_columns: int = 16
 
 
 def padded(size: int) -> int:
@@ -82,17 +86,64 @@ def flops(problem: Problem) -> int:
 
 def not_supported_reasons(problem: Problem, implementation: str, device: Device) -> list[str]:
     """Why ``implementation`` cannot run ``problem`` on ``device``; empty if it can."""
+    rank, context = problem["rank"], problem["context"]
+    width = padded(rank) * padded(context + 1)
+    if width > MAX_WIDTH:
+        return [
+            f"rank {rank} and context {context}: a tile {width} wide, padded to powers of two; "
+            f"above {MAX_WIDTH} it leaves the registers"
+        ]
     return []
 
 
+MAX_WIDTH = 128
+"""Of the kernels' generator tiles."""
+
+
 def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]) -> Choice:
-    """The plain path."""
-    return Choice(implementations[0], None, "no fused kernel can run here")
+    """The fused kernels where launches and passes over memory cost more than the products."""
+    fused = next((name for name in implementations if name in ("triton", "pallas")), None)
+    plain = next((name for name in implementations if name in ("torch", "xla")), None)
+    if fused is None:
+        return Choice(plain or implementations[0], None, "no fused kernel can run here")
+    against = _against_fusing(problem, device)
+    if plain is not None and against:
+        return Choice(plain, None, against)
+    return Choice(fused, Config(), "one kernel instead of a dozen launches")
+
+
+def _against_fusing(problem: Problem, device: Device) -> str | None:
+    """Why the plain path is expected to be the faster; None where it is not."""
+    rows, width_in, width_out, *_ = (size for _, size in problem.dims)
+    base = 2 * rows * width_in * width_out
+    if device.platform == "tpu":
+        return "XLA fuses for a TPU what this kernel fuses for a GPU"
+    if device.platform == "hip":
+        return "the generators' tile spills on this chip"
+    if base < SMALLEST_BASE:
+        return "so little work that the host's time for any call is what counts"
+    if base > LARGEST_BASE:
+        return "the products take nearly all the time, and the framework's are the fastest"
+    if problem.direction == "backward" and rows < SMALLEST_PASS:
+        return f"one pass over {rows} rows fills few processors"
+    return None
+
+
+SMALLEST_BASE, LARGEST_BASE = 1_000_000, 1_000_000_000
+"""FLOPs of the base product between which a kernel is expected to win."""
+SMALLEST_PASS = 1024
+"""Rows for which the one pass of the backward kernel has enough programs."""
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
     """Every config worth timing."""
-    return [Config()]
+    return [
+        Config(rows, columns, depth, warps)
+        for rows in (16, 32, 64)
+        for columns in (32, 64, 128)
+        for depth in (32, 64)
+        for warps in (4, 8)
+    ]
 
 
 Shape = Sequence[int]

@@ -1,4 +1,7 @@
-"""Hypernetwork low-rank linear for torch: the public function and the plain path."""
+"""Hypernetwork low-rank linear for torch: the public function, the plain path, the custom ops.
+
+The custom ops work on rows (n, features) and contexts (n, context).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core import dispatch, usage
-from ..core.arguments import torch_tensors
+from ..core.arguments import plain_vjp, torch_tensors
 from ..core.device import torch_device
 from ..core.problem import Problem
 from ..core.registry import Binding
@@ -101,54 +104,68 @@ def hyper_lora_linear(
         "v_weight": v_weight,
         "v_bias": v_bias,
     }
-    tensors = torch_tensors(named)
+    tensors = dict(zip(named, torch_tensors(named), strict=True))
     spec.check_shapes({name: t if t is None else t.shape for name, t in named.items()})
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
-        return _plain(*tensors, scale=float(scale))
-    decision = _decide(x, weight, context, u_bias, "forward", implementation)
-    with usage.timed(decision):
-        return _plain(*tensors, scale=float(scale))
+    count = x.shape[:-1].numel()
+    tensors["x"] = tensors["x"].reshape(count, x.shape[-1])
+    tensors["context"] = tensors["context"].reshape(count, context.shape[-1])
+    y = _run(list(tensors.values()), float(scale), implementation)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _run(tensors: list[Any], scale: float, implementation: str | None) -> Tensor:
+    rows, weight, _, context, *_, v_bias = tensors
+    on_cpu = rows.device.type == "cpu"
+    if torch.compiler.is_compiling():
+        # The custom op decides at run time: a new shape then changes no traced code.
+        plain = implementation == "torch" or (on_cpu and implementation is None)
+    elif on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
+        plain = True
+    else:
+        decision = _decide(rows, weight, context, v_bias, "forward", implementation)
+        if decision.implementation == "torch":
+            with usage.timed(decision):
+                return _plain(*tensors, scale)
+        plain = False
+    if plain:
+        return _plain(*tensors, scale)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _forward_op(*tensors, scale, save, implementation)[0]
 
 
 def _decide(
-    x: Tensor,
+    rows: Tensor,
     weight: Tensor,
     context: Tensor,
-    u_bias: Tensor,
+    v_bias: Tensor,
     direction: str,
     implementation: str | None,
 ) -> dispatch.Decision:
     width_out, width_in = weight.shape
-    rank = u_bias.shape[0] // width_out
-    sizes = (x.shape[:-1].numel(), width_in, width_out, rank, context.shape[-1])
+    rank = v_bias.shape[0] // width_in
+    sizes = (rows.shape[0], width_in, width_out, rank, context.shape[-1])
     problem = Problem(
         spec.NAME,
         tuple(zip(spec.DIMENSIONS, sizes, strict=True)),
-        str(x.dtype).removeprefix("torch."),
+        str(rows.dtype).removeprefix("torch."),
         (),
         direction,
     )
-    return dispatch.decide(problem, torch_device(x.device), BINDING, implementation)
+    return dispatch.decide(problem, torch_device(rows.device), BINDING, implementation)
 
 
 def _generator(weight: Tensor, bias: Tensor, features: int) -> Tensor:
-    """A generator as a shared adapter (features, rank * context + rank): all pairs of rank and
-    context, then the biases."""
-    return torch.cat((weight.reshape(features, -1), bias.reshape(features, -1)), 1)
+    """A generator as a shared adapter, (features, rank * (context + 1))."""
+    return torch.cat((weight, bias.unsqueeze(1)), 1).reshape(features, -1)
 
 
-def _middle(p: Tensor, context: Tensor, gate: Tensor) -> Tensor:
-    """From the rows through the generator of V to those that meet the generator of U, both
-    (..., rank * context + rank)."""
-    rank = p.shape[-1] // (context.shape[-1] + 1)
-    pairs = p[..., :-rank].unflatten(-1, (rank, context.shape[-1]))
-    t = gate * ((pairs * context.unsqueeze(-2)).sum(-1) + p[..., -rank:])
-    return torch.cat(((t.unsqueeze(-1) * context.unsqueeze(-2)).flatten(-2), t), -1)
+def _with_one(context: Tensor) -> Tensor:
+    """c~ = [c; 1], as (n, 1, context + 1)."""
+    return functional.pad(context, (0, 1), value=1.0).unsqueeze(1)
 
 
 def _plain(
-    x: Tensor,
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     context: Tensor,
@@ -158,17 +175,182 @@ def _plain(
     u_bias: Tensor,
     v_weight: Tensor,
     v_bias: Tensor,
-    *,
     scale: float,
 ) -> Tensor:
     """The op in ordinary torch operations, differentiable any number of times."""
-    y = functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    c = context.reshape(rows.shape[0], context.shape[-1])
-    gate = torch.sigmoid(functional.linear(c, gate_weight, gate_bias))
-    q = _middle(rows @ _generator(v_weight, v_bias, x.shape[-1]), c, gate)
-    u = _generator(u_weight, u_bias, y.shape[-1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), q, u.mT, alpha=scale).reshape(y.shape)
+    y = functional.linear(rows, weight, bias)
+    c = _with_one(context)
+    gate = torch.sigmoid(functional.linear(context, gate_weight, gate_bias))
+    p = (rows @ _generator(v_weight, v_bias, rows.shape[1])).unflatten(1, (-1, c.shape[2]))
+    t = gate * (p * c).sum(2)
+    u = _generator(u_weight, u_bias, y.shape[1])
+    return torch.addmm(y, (t.unsqueeze(2) * c).flatten(1), u.mT, alpha=scale)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of the rows (empty if not wanted), context and the six generator arrays."""
+
+
+def _plain_gradient(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    context: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    u_weight: Tensor,
+    u_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    scale: float,
+    wants_x: bool,
+) -> Gradients:
+    """The gradients in ordinary torch operations: the backward op's plain path, and the function
+    that its own derivative is taken of."""
+    c = _with_one(context)
+    gate = torch.sigmoid(functional.linear(context, gate_weight, gate_bias))
+    u = _generator(u_weight, u_bias, dy.shape[1])
+    v = _generator(v_weight, v_bias, rows.shape[1])
+    p = (rows @ v).unflatten(1, (-1, c.shape[2]))
+    t = (p * c).sum(2)
+    dq = (scale * (dy @ u)).unflatten(1, (-1, c.shape[2]))
+    ds = (dq * c).sum(2)
+    dt = (gate * ds).unsqueeze(2)
+    dlogit = (ds * t).sum(1, keepdim=True) * gate * (1 - gate)
+    s = (gate * t).unsqueeze(2)
+    dcontext = (dq * s + p * dt).sum(1)[:, :-1] + dlogit * gate_weight
+    dp = (dt * c).flatten(1)
+    du = (dy.mT @ (scale * (s * c).flatten(1))).reshape(-1, c.shape[2])
+    dv = (rows.mT @ dp).reshape(-1, c.shape[2])
+    dx = dy @ weight + dp @ v.mT if wants_x else dy.new_empty(0)
+    return (
+        dx,
+        dcontext,
+        dlogit.mT @ context,
+        dlogit.sum(0),
+        *(du[:, :-1].contiguous(), du[:, -1].contiguous()),
+        *(dv[:, :-1].contiguous(), dv[:, -1].contiguous()),
+    )
+
+
+@torch.library.custom_op("ml_networks::hyper_lora_linear", mutates_args=())
+def _forward_op(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    context: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    u_weight: Tensor,
+    u_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    scale: float,
+    save: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    decision = _decide(rows, weight, context, v_bias, "forward", implementation)
+    generators = (context, gate_weight, gate_bias, u_weight, u_bias, v_weight, v_bias)
+    with usage.timed(decision):
+        if decision.implementation == "torch" or rows.shape[0] == 0:
+            y = _plain(rows, weight, bias, *generators, scale)
+            # What the backward kernel needs; the plain one takes it again.
+            v = _generator(v_weight, v_bias, rows.shape[1])
+            return y, (rows if save else rows[:0]) @ v
+        from . import triton_kernel
+
+        config, device = decision.config, torch_device(rows.device)
+        return triton_kernel.forward(rows, weight, bias, *generators, scale, save, config, device)
+
+
+@_forward_op.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    context, v_bias, save = rest[0], rest[6], rest[8]
+    width = v_bias.shape[0] // rows.shape[1] * (context.shape[1] + 1)
+    return (
+        rows.new_empty((rows.shape[0], weight.shape[0])),
+        rows.new_empty((rows.shape[0] if save else 0, width)),
+    )
+
+
+@torch.library.custom_op("ml_networks::hyper_lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    context: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    u_weight: Tensor,
+    u_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    p: Tensor,
+    scale: float,
+    wants_x: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    decision = _decide(rows, weight, context, v_bias, "backward", implementation)
+    generators = (context, gate_weight, gate_bias, u_weight, u_bias, v_weight, v_bias)
+    with usage.timed(decision):
+        if decision.implementation == "torch" or rows.shape[0] == 0:
+            return _plain_gradient(dy, rows, weight, *generators, scale, wants_x)
+        from . import triton_kernel
+
+        config, device = decision.config, torch_device(rows.device)
+        return triton_kernel.backward(
+            dy, rows, weight, *generators, p, scale, wants_x, config, device
+        )
+
+
+@_backward_op.register_fake
+def _(dy: Tensor, rows: Tensor, weight: Tensor, *rest: Any) -> Gradients:
+    shapes = [tuple(tensor.shape) for tensor in rest[:7]]
+    wants_x = rest[9]
+    return (
+        dy.new_empty(tuple(rows.shape) if wants_x else (0,)),
+        *(dy.new_empty(shape) for shape in shapes),
+    )
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, weight, bias, *generators = inputs[:10]
+    ctx.options = inputs[10:]
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(rows, weight, *generators, output[1])
+
+
+def _forward_gradient(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    rows, weight, *generators, p = ctx.saved_tensors
+    scale, _save, implementation = ctx.options
+    needs_x, needs_weight, needs_bias, *needs_rest = ctx.needs_input_grad[:10]
+    gradients: tuple[Tensor | None, ...] = (None,) * 8
+    if needs_x or any(needs_rest):
+        gradients = _backward_op(dy, rows, weight, *generators, p, scale, needs_x, implementation)
+    dx, *rest = gradients
+    dweight = dy.mT @ rows if needs_weight else None
+    dbias = dy.sum(0) if needs_bias and ctx.has_bias else None
+    return dx if needs_x else None, dweight, dbias, *rest, None, None, None
+
+
+_forward_op.register_autograd(_forward_gradient, setup_context=_setup_forward)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    ctx.options = inputs[11:13]
+    ctx.save_for_backward(*inputs[:10])
+
+
+def _second_gradient(ctx: Any, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivative of the backward op, through the plain path."""
+    found = plain_vjp(
+        lambda *inputs: _plain_gradient(*inputs, *ctx.options), ctx.saved_tensors, of_gradients
+    )
+    return *found, None, None, None, None
+
+
+_backward_op.register_autograd(_second_gradient, setup_context=_setup_backward)
 
 
 def _call(
@@ -181,7 +363,7 @@ def _call(
 BINDING = Binding(
     op=spec.NAME,
     framework="torch",
-    implementations=("torch",),
+    implementations=("torch", "triton"),
     call=_call,
     differentiable=("x", "context", "gate_weight", "u_weight", "u_bias", "v_weight", "v_bias"),
     kernel_module="triton_kernel",

@@ -1,11 +1,14 @@
-"""Low-rank linear for JAX: the public function and the plain path."""
+"""Low-rank linear for JAX: the public function, the plain path, the derivatives.
+
+Inside, rows are (samples * n, features) and a gate is (samples or 1, rank or 1).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -15,7 +18,7 @@ from ..core.arguments import jax_arrays
 from ..core.device import jax_device
 from ..core.problem import Problem
 from ..core.registry import Binding
-from . import spec
+from . import pallas_kernel, spec
 
 
 def lora_linear(
@@ -79,48 +82,136 @@ def lora_linear(
     gate_shape = spec.check_shapes(*shapes)  # type: ignore[arg-type]
     if gate is not None and gate_shape is not None:
         gate = gate.reshape(gate_shape)
-    decision = _decide(x, weight, u, v, "forward", implementation)
-    with usage.timed(decision):
-        return _plain(x, weight, bias, u, v, gate, scale=float(scale))
-
-
-def _decide(
-    x: Array, weight: Array, u: Array, v: Array, direction: str, implementation: str | None
-) -> dispatch.Decision:
-    width_out, width_in = weight.shape
     samples = x.shape[0] if x.ndim > 1 else 1
-    sizes = (samples, math.prod(x.shape[1:-1]), width_in, width_out, u.shape[-1])
+    options = Options(samples, float(scale), implementation)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    inputs = Inputs(rows, weight, bias, u, v, gate)
+    decision = _decide(inputs, options, "forward")
+    with usage.timed(decision):
+        plain = decision.implementation == "xla" or not rows.size
+        y = (_plain if plain else _fused)(inputs, options)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, or their gradients."""
+
+    rows: Array
+    weight: Array
+    bias: Array | None
+    u: Array
+    v: Array
+    gate: Array | None
+
+
+class Options(NamedTuple):
+    """What a call fixes beside its arrays: hashable, so it can be static."""
+
+    samples: int
+    scale: float
+    implementation: str | None
+
+
+def _decide(inputs: Inputs, options: Options, direction: str) -> dispatch.Decision:
+    u, v = inputs.u, inputs.v
+    width_out, width_in = inputs.weight.shape
+    rows = inputs.rows.shape[0] // max(options.samples, 1)
+    sizes = (options.samples, rows, width_in, width_out, u.shape[-1])
+    mixed = (("mixed", True),) if u.ndim != v.ndim else ()
     problem = Problem(
         spec.NAME,
         tuple(zip(spec.DIMENSIONS, sizes, strict=True)),
-        x.dtype.name,
-        (("per_sample", u.ndim == 3 or v.ndim == 3),),
+        inputs.rows.dtype.name,
+        (("per_sample", u.ndim == 3 or v.ndim == 3), *mixed),
         direction,
     )
-    return dispatch.decide(problem, jax_device(), BINDING, implementation)
+    return dispatch.decide(problem, jax_device(), BINDING, options.implementation)
 
 
-@partial(jax.jit, static_argnames="scale")
-def _plain(
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    u: Array,
-    v: Array,
-    gate: Array | None,
-    *,
-    scale: float,
-) -> Array:
-    """The op in ordinary JAX operations, differentiable any number of times. ``gate`` is (samples
-    or 1, rank or 1)."""
-    y = x @ weight.T
+@partial(jax.jit, static_argnames="options")
+def _plain(inputs: Inputs, options: Options) -> Array:
+    """The op in ordinary JAX operations, differentiable any number of times."""
+    rows, weight, bias, u, v, gate = inputs
+    y = rows @ weight.T
     if bias is not None:
         y = y + bias
-    samples = x.shape[0] if x.ndim > 1 else 1
-    t = x.reshape(samples, math.prod(x.shape[1:-1]), x.shape[-1]) @ v
+    t = rows.reshape(options.samples, -1 if rows.size else 0, rows.shape[1]) @ v
     if gate is not None:
         t = t * gate[:, None]
-    return y + (scale * (t @ u.mT)).reshape(y.shape)
+    return y + (options.scale * (t @ u.mT)).reshape(y.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fused(inputs: Inputs, options: Options) -> Array:
+    return _fused_forward(inputs, options)[0]
+
+
+def _fused_forward(inputs: Inputs, options: Options) -> tuple[Array, tuple[Inputs, Array]]:
+    decision = _decide(inputs, options, "forward")
+    y, t = pallas_kernel.forward(
+        *inputs,
+        samples=options.samples,
+        scale=options.scale,
+        config=decision.config,
+        device=jax_device(),
+    )
+    return y, (inputs, t)
+
+
+def _fused_backward(options: Options, residuals: Any, dy: Array) -> tuple[Inputs]:
+    inputs, t = residuals
+    # Under jit XLA drops what nobody asks for: a frozen weight's gradient costs nothing.
+    of_weight = dy.T @ inputs.rows
+    of_bias = None if inputs.bias is None else dy.sum(0)
+    of_rows, of_u, of_v, of_gate = _gradient(dy, inputs, t, options)
+    return (Inputs(of_rows, of_weight, of_bias, of_u, of_v, of_gate),)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+Gradients = tuple[Array, Array, Array, Array | None]
+"""Of the rows, u, v and the gate."""
+
+
+@partial(jax.jit, static_argnames="options")
+def _plain_gradient(dy: Array, inputs: Inputs, options: Options) -> Gradients:
+    (found,) = jax.vjp(partial(_plain, options=options), inputs)[1](dy)
+    return found.rows, found.u, found.v, found.gate
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gradient(dy: Array, inputs: Inputs, t: Array, options: Options) -> Gradients:
+    """The gradients; their own derivative goes through the plain path."""
+    decision = _decide(inputs, options, "backward")
+    with usage.timed(decision):
+        if decision.implementation == "xla":
+            return _plain_gradient(dy, inputs, options)
+        rows, weight, _, u, v, gate = inputs
+        return pallas_kernel.backward(
+            *(dy, rows, weight, u, v, gate, t),
+            samples=options.samples,
+            scale=options.scale,
+            config=decision.config,
+            device=jax_device(),
+        )
+
+
+def _gradient_forward(
+    dy: Array, inputs: Inputs, t: Array, options: Options
+) -> tuple[Gradients, tuple[Array, Inputs, Array]]:
+    return _gradient(dy, inputs, t, options), (dy, inputs, t)
+
+
+def _gradient_backward(
+    options: Options, residuals: tuple[Array, Inputs, Array], cotangents: Gradients
+) -> tuple[Array, Inputs, Array]:
+    dy, inputs, t = residuals
+    pull = jax.vjp(partial(_plain_gradient, options=options), dy, inputs)[1]
+    # The plain gradient takes t again from the rows.
+    return *pull(cotangents), jax.numpy.zeros_like(t)
+
+
+_gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
 def _call(
@@ -133,7 +224,7 @@ def _call(
 BINDING = Binding(
     op=spec.NAME,
     framework="jax",
-    implementations=("xla",),
+    implementations=("xla", "pallas"),
     call=_call,
     differentiable=("x", "u", "v", "gate"),
     kernel_module="pallas_kernel",

@@ -29,7 +29,7 @@ CASES = (
     _case("shared-odd", "ragged", (3, 7, 37, 29, 5), gate="sample_rank", scale=2.0),
     _case("per-sample-odd", "ragged", (2, 19, 45, 23, 3), per_sample=True, gate="sample"),
     _case("one-row-each-odd", "ragged", (3, 1, 35, 21, 5), per_sample=True, gate="sample_rank"),
-    _case("mlp-256", "large", (1, 1024, 256, 256, 8), gate="rank"),
+    _case("mlp-256", "large", (1, 1024, 256, 256, 16), gate="rank"),
     _case("mlp-512", "large", (1, 4096, 512, 512, 16), gate="rank"),
     _case("vit-b-qkv", "large", (64, 197, 768, 2304, 16), gate="rank"),
     _case("mlp-2048", "large", (1, 8192, 2048, 2048, 16), gate="rank"),
@@ -41,13 +41,15 @@ CASES = (
 @dataclass(frozen=True)
 class Config:
     """The tile of one program: ``block_rows`` x ``block_columns`` of the output, ``block_depth``
-    of the contracted axis at a time."""
+    of the contracted axis at a time. The pass over the output's gradient holds
+    ``pass_columns`` of as many rows."""
 
     block_rows: int = 64
     block_columns: int = 64
     block_depth: int = 64
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 3
+    pass_columns: int = 32
 
 
 def padded(size: int) -> int:
@@ -97,21 +99,81 @@ def flops(problem: Problem) -> int:
 
 def not_supported_reasons(problem: Problem, implementation: str, device: Device) -> list[str]:
     """Why ``implementation`` cannot run ``problem`` on ``device``; empty if it can."""
-    if problem["rank"] > MAX_RANK:
-        return [
-            f"rank {problem['rank']}: above {MAX_RANK} the update is a matrix product of its own"
-        ]
+    rank = problem["rank"]
+    if problem.flag("mixed", False):
+        return ["only one of u and v differs between samples: the kernels want both alike"]
+    if implementation == "pallas" and _is_own(problem):
+        return ["adapters of single rows: no matrix product to fuse into, XLA's passes do as well"]
+    if rank > MAX_RANK:
+        return [f"rank {rank}: above {MAX_RANK} the update is a matrix product of its own"]
     return []
 
 
+def _is_own(problem: Problem) -> bool:
+    """Whether each row has adapters of its own."""
+    return bool(problem.flag("per_sample", False)) and problem["rows"] == 1
+
+
 def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]) -> Choice:
-    """The plain path."""
-    return Choice(implementations[0], None, "no fused kernel can run here")
+    """The fused kernels where launches and passes over memory cost more than the base product;
+    the framework's own product where that is what takes the time."""
+    fused = next((name for name in implementations if name in ("triton", "pallas")), None)
+    plain = next((name for name in implementations if name in ("torch", "xla")), None)
+    if fused is None:
+        return Choice(plain or implementations[0], None, "no fused kernel can run here")
+    against = _against_fusing(problem, device)
+    if plain is not None and against:
+        return Choice(plain, None, against)
+    why = "u and v are read once" if _is_own(problem) else "one kernel instead of four launches"
+    return Choice(fused, _config(problem), why)
+
+
+def _against_fusing(problem: Problem, device: Device) -> str | None:
+    """Why the plain path is expected to be the faster; None where it is not."""
+    rows, width_in, width_out, _, _ = _sizes(problem)
+    base = 2 * rows * width_in * width_out
+    if device.platform == "tpu":
+        return "XLA fuses for a TPU what this kernel fuses for a GPU"
+    if base < SMALLEST_BASE:
+        return "so little work that the host's time for any call is what counts"
+    if _is_own(problem):
+        return None
+    if base > LARGEST_BASE[problem.dtype]:
+        return "the base product takes nearly all the time, and the framework's is the fastest"
+    if problem["rows"] < 16 and problem.flag("per_sample", False):
+        return f"{problem['rows']} rows an adapter leave a tile of 16 mostly empty"
+    if problem.direction == "backward" and rows < SMALLEST_PASS:
+        return f"one pass over {rows} rows fills few processors"
+    if device.platform == "hip" and problem.dtype == "float32":
+        return "without TF32 the float32 pass over the gradient spills on this chip"
+    return None
+
+
+SMALLEST_PASS = 512
+"""Rows for which the one pass of the backward kernel has enough programs."""
+SMALLEST_BASE = 1_000_000
+LARGEST_BASE = dict.fromkeys(("bfloat16", "float16"), 5_000_000_000) | {"float32": 1_000_000_000}
+"""FLOPs of the base product between which a kernel is expected to win."""
+
+
+def _config(problem: Problem) -> Config:
+    """The tile to take unmeasured."""
+    return Config(block_depth=32, pass_columns=16) if problem.dtype == "float32" else Config()
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
     """Every config worth timing."""
-    return [Config()]
+    if _is_own(problem):
+        return [Config()]
+    usual = _config(problem)
+    return [
+        replace(usual, block_rows=rows, block_columns=columns, num_warps=warps, num_stages=stages)
+        for rows in (32, 64, 128)
+        for columns in (64, 128, 256)
+        for warps in (4, 8)
+        for stages in (3, 4)
+        if rows * columns <= 16384
+    ]
 
 
 Shape = Sequence[int]

@@ -1,4 +1,7 @@
-"""Low-rank linear for torch: the public function and the plain path."""
+"""Low-rank linear for torch: the public function, the plain path, the custom ops.
+
+The custom ops work on rows (samples * n, features) and a gate (samples or 1, rank or 1).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core import dispatch, usage
-from ..core.arguments import torch_tensors
+from ..core.arguments import plain_vjp, torch_tensors
 from ..core.device import torch_device
 from ..core.problem import Problem
 from ..core.registry import Binding
@@ -82,65 +85,261 @@ def lora_linear(
     gate_shape = spec.check_shapes(*shapes)  # type: ignore[arg-type]
     if gate is not None and gate_shape is not None:
         gate = gate.reshape(gate_shape)
-    return _run(x, weight, bias, u, v, gate, float(scale), implementation)
+    samples = x.shape[0] if x.ndim > 1 else 1
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y = _run(rows, weight, bias, u, v, gate, samples, float(scale), implementation)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _run(
-    x: Tensor,
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     u: Tensor,
     v: Tensor,
     gate: Tensor | None,
+    samples: int,
     scale: float,
     implementation: str | None,
 ) -> Tensor:
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
-        return _plain(x, weight, bias, u, v, gate, scale)
-    decision = _decide(x, weight, u, v, "forward", implementation)
-    with usage.timed(decision):
-        return _plain(x, weight, bias, u, v, gate, scale)
+    on_cpu = rows.device.type == "cpu"
+    if torch.compiler.is_compiling():
+        # The custom op decides at run time: a new shape then changes no traced code.
+        plain = implementation == "torch" or (on_cpu and implementation is None)
+    elif on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
+        plain = True
+    else:
+        decision = _decide(rows, weight, u, v, samples, "forward", implementation)
+        if decision.implementation == "torch":
+            with usage.timed(decision):
+                return _plain(rows, weight, bias, u, v, gate, samples, scale)
+        plain = False
+    if plain:
+        return _plain(rows, weight, bias, u, v, gate, samples, scale)
+    given = [value for value in (rows, weight, bias, u, v, gate) if value is not None]
+    save = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    return _forward_op(rows, weight, bias, u, v, gate, samples, scale, save, implementation)[0]
 
 
 def _decide(
-    x: Tensor, weight: Tensor, u: Tensor, v: Tensor, direction: str, implementation: str | None
+    rows: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    samples: int,
+    direction: str,
+    implementation: str | None,
 ) -> dispatch.Decision:
     width_out, width_in = weight.shape
-    samples = x.shape[0] if x.ndim > 1 else 1
-    sizes = (samples, x.shape[1:-1].numel(), width_in, width_out, u.shape[-1])
+    sizes = (samples, rows.shape[0] // max(samples, 1), width_in, width_out, u.shape[-1])
+    mixed = (("mixed", True),) if u.ndim != v.ndim else ()
     problem = Problem(
         spec.NAME,
         tuple(zip(spec.DIMENSIONS, sizes, strict=True)),
-        str(x.dtype).removeprefix("torch."),
-        (("per_sample", u.ndim == 3 or v.ndim == 3),),
+        str(rows.dtype).removeprefix("torch."),
+        (("per_sample", u.ndim == 3 or v.ndim == 3), *mixed),
         direction,
     )
-    return dispatch.decide(problem, torch_device(x.device), BINDING, implementation)
+    return dispatch.decide(problem, torch_device(rows.device), BINDING, implementation)
+
+
+def _by_sample(rows: Tensor, samples: int) -> Tensor:
+    """(samples, n, width); n is 0 where there are no samples."""
+    return rows.reshape(samples, rows.shape[0] // max(samples, 1), rows.shape[1])
 
 
 def _plain(
-    x: Tensor,
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     u: Tensor,
     v: Tensor,
     gate: Tensor | None,
+    samples: int,
     scale: float,
 ) -> Tensor:
-    """The op in ordinary torch operations, differentiable any number of times. ``gate`` is
-    (samples or 1, rank or 1)."""
-    y = functional.linear(x, weight, bias)
-    samples = x.shape[0] if x.ndim > 1 else 1
-    rows = x.reshape(samples, x.shape[1:-1].numel(), x.shape[-1])
-    t = rows @ v
+    """The op in ordinary torch operations, differentiable any number of times."""
+    y = functional.linear(rows, weight, bias)
+    t = _by_sample(rows, samples) @ v
     if gate is not None:
         t = t * gate.unsqueeze(1)
     if u.ndim == 2:
-        wide = torch.addmm(y.reshape(-1, y.shape[-1]), t.flatten(0, 1), u.mT, alpha=scale)
-    else:
-        wide = torch.baddbmm(y.reshape(*t.shape[:2], y.shape[-1]), t, u.mT, alpha=scale)
-    return wide.reshape(y.shape)
+        return torch.addmm(y, t.flatten(0, 1), u.mT, alpha=scale)
+    return torch.baddbmm(_by_sample(y, samples), t, u.mT, alpha=scale).flatten(0, 1)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of the rows (empty if not wanted), u, v, and the gate (empty without one)."""
+
+
+def _plain_gradient(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    samples: int,
+    scale: float,
+    wants_x: bool,
+) -> Gradients:
+    """The gradients in ordinary torch operations: the backward op's plain path, and the function
+    that its own derivative is taken of."""
+    x, of_y = _by_sample(rows, samples), _by_sample(dy, samples)
+    t, h = x @ v, scale * (of_y @ u)
+    dgate = dy.new_empty(0) if gate is None else (t * h).sum(1).sum_to_size(gate.shape)
+    if gate is not None:
+        t, h = t * gate.unsqueeze(1), h * gate.unsqueeze(1)
+    t = scale * t
+    du = of_y.mT @ t if u.ndim == 3 else dy.mT @ t.flatten(0, 1)
+    dv = x.mT @ h if v.ndim == 3 else rows.mT @ h.flatten(0, 1)
+    dx = dy @ weight + (h @ v.mT).flatten(0, 1) if wants_x else dy.new_empty(0)
+    return dx, du, dv, dgate
+
+
+@torch.library.custom_op("ml_networks::lora_linear", mutates_args=())
+def _forward_op(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    samples: int,
+    scale: float,
+    save: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    decision = _decide(rows, weight, u, v, samples, "forward", implementation)
+    with usage.timed(decision):
+        if decision.implementation == "torch" or rows.shape[0] == 0:
+            y = _plain(rows, weight, bias, u, v, gate, samples, scale)
+            # What the backward kernel needs; the plain one takes it again.
+            t = (
+                (_by_sample(rows, samples) @ v).flatten(0, 1)
+                if save
+                else u.new_empty(0, u.shape[-1])
+            )
+            return y, t
+        from . import triton_kernel
+
+        return triton_kernel.forward(
+            *(rows, weight, bias, u, v, gate, samples, scale, save),
+            decision.config,
+            torch_device(rows.device),
+        )
+
+
+@_forward_op.register_fake
+def _(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    samples: int,
+    scale: float,
+    save: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    count = rows.shape[0]
+    return (
+        rows.new_empty((count, weight.shape[0])),
+        rows.new_empty((count if save else 0, u.shape[-1])),
+    )
+
+
+@torch.library.custom_op("ml_networks::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    t: Tensor,
+    samples: int,
+    scale: float,
+    wants_x: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    decision = _decide(rows, weight, u, v, samples, "backward", implementation)
+    with usage.timed(decision):
+        if decision.implementation == "torch" or rows.shape[0] == 0:
+            return _plain_gradient(dy, rows, weight, u, v, gate, samples, scale, wants_x)
+        from . import triton_kernel
+
+        dx, du, dv, dgate = triton_kernel.backward(
+            *(dy, rows, weight, u, v, gate, t, samples, scale, wants_x),
+            decision.config,
+            torch_device(rows.device),
+        )
+        return dx, du, dv, dgate if gate is None else dgate.sum_to_size(gate.shape).to(dy.dtype)
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    t: Tensor,
+    samples: int,
+    scale: float,
+    wants_x: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        dy.new_empty(tuple(rows.shape) if wants_x else (0,)),
+        dy.new_empty(tuple(u.shape)),
+        dy.new_empty(tuple(v.shape)),
+        dy.new_empty((0,) if gate is None else tuple(gate.shape)),
+    )
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, weight, bias, u, v, gate, *ctx.options = inputs
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(rows, weight, u, v, gate, output[1])
+
+
+def _forward_gradient(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    rows, weight, u, v, gate, t = ctx.saved_tensors
+    samples, scale, _save, implementation = ctx.options
+    needs_x, needs_weight, needs_bias, *needs_adapter = ctx.needs_input_grad[:6]
+    dx = du = dv = dgate = None
+    if needs_x or any(needs_adapter):
+        dx, du, dv, dgate = _backward_op(
+            dy, rows, weight, u, v, gate, t, samples, scale, needs_x, implementation
+        )
+    dweight = dy.mT @ rows if needs_weight else None
+    dbias = dy.sum(0) if needs_bias and ctx.has_bias else None
+    dgate = None if gate is None else dgate
+    return dx if needs_x else None, dweight, dbias, du, dv, dgate, None, None, None, None
+
+
+_forward_op.register_autograd(_forward_gradient, setup_context=_setup_forward)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    dy, rows, weight, u, v, gate, _ = inputs[:7]
+    ctx.options = inputs[7:10]
+    ctx.save_for_backward(dy, rows, weight, u, v, gate)
+
+
+def _second_gradient(ctx: Any, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivative of the backward op, through the plain path."""
+    found = plain_vjp(
+        lambda *inputs: _plain_gradient(*inputs, *ctx.options), ctx.saved_tensors, of_gradients
+    )
+    return *found, None, None, None, None, None
+
+
+_backward_op.register_autograd(_second_gradient, setup_context=_setup_backward)
 
 
 def _call(
@@ -153,7 +352,7 @@ def _call(
 BINDING = Binding(
     op=spec.NAME,
     framework="torch",
-    implementations=("torch",),
+    implementations=("torch", "triton"),
     call=_call,
     differentiable=("x", "u", "v", "gate"),
     kernel_module="triton_kernel",
