@@ -10,6 +10,7 @@ from ml_networks._geometry import attention_heads
 from ml_networks.config import AttentionConfig
 from ml_networks.jax.primitives import Conv, pixel_shuffle, pixel_unshuffle
 from ml_networks.jax.rngs import RngsLike, as_rngs
+from ml_networks.kernels.jax import attention
 
 __all__ = ["Attention1d", "Attention2d"]
 
@@ -61,9 +62,8 @@ class _Attention(nnx.Module):
         batch, _, *sides = folded.shape
         # The channels are ordered (head, query | key | value, channel of that head).
         heads = folded.reshape(batch, self.n_heads, 3, -1, folded[0, 0].size)
-        query, key, value = heads.transpose(2, 0, 4, 1, 3)
-        mixed = jax.nn.dot_product_attention(query, key, value)
-        mixed = mixed.transpose(0, 2, 3, 1).reshape(batch, -1, *sides)
+        mixed = attention(*heads.transpose(2, 0, 1, 4, 3))
+        mixed = mixed.swapaxes(2, 3).reshape(batch, -1, *sides)
         return x + self.proj_out(pixel_shuffle(mixed, self.patch_size, self.sides))
 
 

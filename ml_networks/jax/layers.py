@@ -40,6 +40,7 @@ from ml_networks.jax.primitives import (
     pixel_unshuffle,
 )
 from ml_networks.jax.rngs import RngsLike, as_rngs
+from ml_networks.kernels.jax import attention
 
 __all__ = [
     "ConvNormActivation",
@@ -568,12 +569,13 @@ class MultiheadAttention(nnx.Module):
 
     def __call__(self, query: Array, key: Array, value: Array) -> Array:
         """Map (B, L, d_model) queries to the same shape; keys and values are (B, S, d_model)."""
-        query, key, value = self.query(query), self.key(key), self.value(value)
+        tokens = self.query(query), self.key(key), self.value(value)
+        heads = (array.swapaxes(1, 2) for array in tokens)
         if isinstance(self.dropout, Identity) or self.dropout.deterministic:
-            return self.out(jax.nn.dot_product_attention(query, key, value))
-        scores = jnp.einsum("bqhe,bkhe->bhqk", query, key) / math.sqrt(query.shape[-1])
-        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(query.dtype)
-        return self.out(jnp.einsum("bhqk,bkhe->bqhe", self.dropout(weights), value))
+            mixed = attention(*heads)
+        else:
+            mixed = attention(*heads, dropout=self.dropout.rate, seed=self.dropout.rngs())
+        return self.out(mixed.swapaxes(1, 2))
 
 
 class _EncoderLayer(nnx.Module):
