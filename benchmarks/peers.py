@@ -23,18 +23,20 @@ class Peer:
     """A package on PyPI that has the op for torch.
 
     ``build(case, device)`` gives a function of the op's inputs, or None where it does something
-    else than ``case``; ``trains`` is whether its gradients are the same too.
+    else than ``case``; ``trains`` is whether its gradients are the same too; ``part`` tells apart
+    several of one package.
     """
 
     op: str
     package: str
     build: Callable[[Case, str], Call | None]
     trains: bool
+    part: str = ""
 
     @property
     def name(self) -> str:
         """With the version, as in reports."""
-        return f"{self.package} {metadata.version(self.package)}"
+        return f"{self.package} {metadata.version(self.package)} {self.part}".rstrip()
 
     @property
     def installed(self) -> bool:
@@ -78,9 +80,60 @@ def _lookup_free(case: Case, device: str) -> Call | None:
     return call
 
 
+def _heads(inputs: Mapping[str, Any], case: Case) -> list[Any]:
+    """Query, key and value as (batch, heads, tokens, features)."""
+    tensors = [inputs[name] for name in ("query", "key", "value")]
+    return [tensor.mT for tensor in tensors] if case.flags.get("channels_first") else tensors
+
+
+def _backend(name: str) -> Callable[[Case, str], Call | None]:
+    """One backend of torch's attention; where it does not take a case, it raises."""
+
+    def build(case: Case, device: str) -> Call | None:
+        if device == "cpu" or case.flags.get("mask"):
+            return None
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        options = {"scale": case.flags.get("scale"), "is_causal": bool(case.flags.get("causal"))}
+        grouped = case.dims["heads"] != case.dims["key_heads"]
+
+        def call(inputs: Mapping[str, Any]) -> dict[str, Any]:
+            heads = [tensor.contiguous() for tensor in _heads(inputs, case)]
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                output = scaled_dot_product_attention(*heads, **options, enable_gqa=grouped)
+            return {"output": output}
+
+        return call
+
+    return build
+
+
+def _all_scores(case: Case, device: str) -> Call | None:
+    """With the scores in memory, as 0.2.6 computes it."""
+    if case.flags.get("mask") or case.dims["heads"] != case.dims["key_heads"]:
+        return None
+    import torch
+
+    width, causal = case.dims["width"], case.flags.get("causal")
+
+    def call(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        query, key, value = _heads(inputs, case)
+        scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * width**-0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0]).tril() == 0, -torch.inf)
+        return {"output": torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), value)}
+
+    return call
+
+
 PEERS = (
     Peer("focal_frequency_loss", "focal-frequency-loss", _published_loss, trains=True),
     Peer("binary_spherical_quantize", "vector-quantize-pytorch", _lookup_free, trains=False),
+    Peer("attention", "torch", _backend("FLASH_ATTENTION"), True, "flash"),
+    Peer("attention", "torch", _backend("CUDNN_ATTENTION"), True, "cuDNN"),
+    Peer("attention", "torch", _backend("EFFICIENT_ATTENTION"), True, "memory-efficient"),
+    Peer("attention", "torch", _all_scores, True, "einsum"),
 )
 
 

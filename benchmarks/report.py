@@ -189,7 +189,12 @@ def _rivals(load: measure.Workload, device: Device) -> dict[str, measure.Functio
         call = peer.build(load.case, "cpu" if device.platform == "cpu" else "cuda")
         if call is None:
             continue
-        theirs, ours = load.run(call), load.run(load.binding.plain)
+        try:
+            theirs = load.run(call)
+        except Exception as error:
+            warnings.warn(f"{peer.name} does not take {load.case.id}: {error}", stacklevel=1)
+            continue
+        ours = load.run(load.binding.plain)
         close = [
             torch.isclose(theirs[name].double(), ours[name].double(), rtol=1e-2, atol=1e-6)
             for name in theirs

@@ -207,6 +207,34 @@ def test_the_published_quantizer_gives_the_same_codes() -> None:
         torch.testing.assert_close(theirs[name][nonzero], ours[name][nonzero])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_with_all_scores_gives_the_same_numbers(training: bool) -> None:
+    op = registry.get("attention")
+    case = next(case for case in op.spec.CASES if case.size == "small")
+    (peer,) = (peer for peer in peers.PEERS if peer.part == "einsum")
+    load = measure.Workload(op, case, "torch", "float32", training)
+    call = peer.build(case, "cpu")
+    assert call is not None
+    assert all(error < 1e-5 for error in load.errors(load.run(call)).values())
+    assert peer.name.startswith("torch ")
+    masked = next(case for case in op.spec.CASES if case.flags.get("mask"))
+    attention_peers = [peer for peer in peers.PEERS if peer.op == "attention"]
+    assert all(peer.build(masked, "cuda") is None for peer in attention_peers)
+
+
+def test_a_rival_that_does_not_take_a_case_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(inputs: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    load = measure.Workload(TOY, SMALL, "torch", "float32", False)
+    monkeypatch.setattr(
+        report, "PEERS", (peers.Peer(TOY.name, "torch", lambda *_: refuses, True),)
+    )
+    with pytest.warns(UserWarning, match="does not take small: no kernel"):
+        names = list(report.contenders(load, device.cpu()))
+    assert not any(name.startswith("torch 2") for name in names)
+
+
 # ------------------------------------------------------------------------------ benchmarks.gpu
 
 
