@@ -235,7 +235,13 @@ def test_it_learns() -> None:
 def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 8 from 20 mazes are an epoch, in which no maze comes twice."""
     numbered = Mazes(np.zeros((20, 3, 3), np.uint8), np.arange(20)[:, None])
-    monkeypatch.setattr("ml_networks.tasks.mazes.run.augment", lambda mazes, random: mazes)
+    turns = []
+
+    def unturned(mazes: Mazes, random: np.random.Generator) -> Mazes:
+        turns.append(random.random())
+        return mazes
+
+    monkeypatch.setattr("ml_networks.tasks.mazes.run.augment", unturned)
     epochs = []
     run = fresh(TINY)
     for run.step in range(0, 6, 2):
@@ -244,6 +250,7 @@ def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) 
         epochs.append(first + run.batch(numbered).routes.flatten().tolist())
         assert len(set(epochs[-1])) == 16
     assert epochs[0] != epochs[1] != epochs[2]
+    assert len(set(turns)) == 6
     again = fresh(TINY)
     again.step = 4
     assert again.batch(numbered).routes.flatten().tolist() == epochs[2][:8]
