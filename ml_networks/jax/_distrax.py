@@ -1,5 +1,5 @@
-"""The distrax distributions of states. A module of its own because distrax takes a second to
-import: it is imported when the first distribution is made."""
+"""The distrax distributions of states. A module of its own because distrax is slow to import: it
+is imported when the first distribution is made."""
 
 from __future__ import annotations
 

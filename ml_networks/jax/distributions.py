@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 
 from ml_networks._compat import UnknownDistributionError, checked_keywords, did_you_mean
 from ml_networks.io import load_blosc2_with_dtype, save_blosc2
@@ -675,7 +676,14 @@ class Distribution(nnx.Module):
                 "there is nothing to draw a sample with: give key=jax.random.key(0) in the call, "
                 "or rngs=jax.random.key(0) when making the Distribution"
             )
-        return self.rngs()
+        try:
+            return self.rngs()
+        except TraceContextError as error:
+            error.add_note(
+                "A sample changes the random stream of a module, which is not traced here: give "
+                "key= in the call, or pass the module in (nnx.jit, or nnx.split and nnx.merge)"
+            )
+            raise
 
     def _grouped(self, logits: Array) -> Array:
         self._check_width(logits, self.in_dim)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 
 from ml_networks.jax import (
     BernoulliStoch,
@@ -453,6 +454,9 @@ def test_the_modules_own_rngs_under_nnx_and_split() -> None:
         module = nnx.merge(graph, state)
         return module(x).stoch, nnx.state(module)
 
+    with pytest.raises(TraceContextError) as raised:
+        jax.jit(lambda x: module(x).stoch)(x)
+    assert "give key= in the call" in "".join(raised.value.__notes__)
     first, state = pure(state, x)
     np.testing.assert_array_equal(first, eager(x).stoch)
     np.testing.assert_array_equal(pure(state, x)[0], eager(x).stoch)
