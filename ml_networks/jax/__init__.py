@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ml_networks.jax.attention import *
     from ml_networks.jax.base import *
     from ml_networks.jax.contrastive import *
+    from ml_networks.jax.ctm import *
     from ml_networks.jax.data import *
     from ml_networks.jax.distributions import *
     from ml_networks.jax.hypernetworks import *
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ml_networks.jax.lightning import *
     from ml_networks.jax.lora import *
     from ml_networks.jax.losses import *
+    from ml_networks.jax.neurons import *
+    from ml_networks.jax.synapses import *
     from ml_networks.jax.training import *
     from ml_networks.jax.unet import *
     from ml_networks.jax.utils import *
@@ -41,6 +44,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "attention": ("Attention1d", "Attention2d"),
     "base": ("BaseModule",),
     "contrastive": ("ContrastiveLearningLoss",),
+    "ctm": ("ContinuousThoughtMachine", "HyperContinuousThoughtMachine"),
+    "ctm_backbones": (),
     "data": ("MinMaxNormalize", "SoftmaxTransformation", "numpy_collate"),
     "distributions": (
         "BSQCodebook",
@@ -83,7 +88,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "kl_divergence",
         "soft_target_cross_entropy",
     ),
+    "neurons": ("NeuronLevelModel", "SuperLinear"),
     "rngs": ("as_rngs",),
+    "positions": (),
+    "synapses": ("HyperSynapseUNET", "SynapseUNET"),
     "training": (
         "TrainState",
         "eval_step",

@@ -40,6 +40,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "base": ("BaseModule",),
     "contrastive": ("ContrastiveLearningLoss",),
     "ctm": ("ContinuousThoughtMachine", "HyperContinuousThoughtMachine"),
+    "ctm_backbones": (),
     "data": ("MinMaxNormalize", "SoftmaxTransformation", "determine_loader", "seed_worker"),
     "distributions": (
         "BSQCodebook",
@@ -83,6 +84,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "neurons": ("NeuronLevelModel", "SuperLinear"),
     "nn": (),
+    "positions": (),
     "synapses": ("HyperSynapseUNET", "SynapseUNET"),
     "unet": ("ConditionalUnet1d", "ConditionalUnet2d"),
     "utils": ("get_optimizer", "gumbel_softmax", "log_softmax", "softmax", "torch_fix_seed"),
