@@ -53,10 +53,10 @@ def plain_vjp(
     import torch
 
     def leaf(value: torch.Tensor | None) -> torch.Tensor | None:
-        """One that is part of a graph already stays so."""
-        if value is None or value.requires_grad:
-            return value
-        return value.detach().requires_grad_()
+        """A view, so that no path leads from one input to another; one of a graph stays so."""
+        if value is None or not value.requires_grad:
+            return None if value is None else value.detach().requires_grad_()
+        return value.view_as(value)
 
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -109,7 +109,10 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
     against = _against_fusing(problem, device)
     if plain is not None and against:
         return Choice(plain, None, against)
-    return Choice(fused, Config(), "one kernel instead of a dozen launches")
+    config = Config()
+    if device.platform == "tpu":  # whose tiles have sides of 128
+        config = Config(128, 128, 128, pass_rows=128, pass_columns=128)
+    return Choice(fused, config, "one kernel instead of a dozen launches")
 
 
 def _against_fusing(problem: Problem, device: Device) -> str | None:
@@ -126,6 +129,9 @@ def _against_fusing(problem: Problem, device: Device) -> str | None:
         return "the products take nearly all the time, and the framework's are the fastest"
     if problem.direction == "backward" and rows < SMALLEST_PASS:
         return f"one pass over {rows} rows fills few processors"
+    blackwell = device.platform == "cuda" and device.capability >= (10, 0)
+    if problem.direction == "backward" and problem.dtype == "float32" and blackwell:
+        return "the float32 pass over the gradient spills on this chip"
     return None
 
 

@@ -125,10 +125,10 @@ def _run(tensors: list[Any], scale: float, implementation: str | None) -> Tensor
         decision = _decide(rows, weight, context, v_bias, "forward", implementation)
         if decision.implementation == "torch":
             with usage.timed(decision):
-                return _plain(*tensors, scale)
+                return _plain(*tensors, scale=scale)
         plain = False
     if plain:
-        return _plain(*tensors, scale)
+        return _plain(*tensors, scale=scale)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _forward_op(*tensors, scale, save, implementation)[0]
 
@@ -298,19 +298,21 @@ def _backward_op(
         from . import triton_kernel
 
         config, device = decision.config, torch_device(rows.device)
-        return triton_kernel.backward(
+        gradients: Any = triton_kernel.backward(
             dy, rows, weight, *generators, p, scale, wants_x, config, device
         )
+        return gradients
 
 
 @_backward_op.register_fake
 def _(dy: Tensor, rows: Tensor, weight: Tensor, *rest: Any) -> Gradients:
     shapes = [tuple(tensor.shape) for tensor in rest[:7]]
     wants_x = rest[9]
-    return (
+    gradients: Any = (
         dy.new_empty(tuple(rows.shape) if wants_x else (0,)),
-        *(dy.new_empty(shape) for shape in shapes),
+        *map(dy.new_empty, shapes),
     )
+    return gradients
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

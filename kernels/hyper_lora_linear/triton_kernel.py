@@ -320,7 +320,7 @@ def backward(
     rank = u_bias.shape[0] // columns
     dp, dcontext = torch.empty_like(p), rows.new_empty(count, features)
     chunks, tiles = _chunks(count, config, device)
-    exact = {"dtype": torch.float32, "device": dy.device}
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
     dlogit = torch.empty((count, 1), **exact)
     du = torch.empty((chunks, columns * rank, features + 1), **exact)
     gradient_kernel[(chunks,)](

@@ -147,15 +147,37 @@ def _fused(inputs: Inputs, options: Options) -> Array:
 
 
 def _fused_forward(inputs: Inputs, options: Options) -> tuple[Array, tuple[Inputs, Array]]:
+    y, t = _kernel(inputs, options)
+    return y, (inputs, t)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _kernel(inputs: Inputs, options: Options) -> tuple[Array, Array]:
+    """y, and t for the backward pass; only a second derivative comes through here, and takes the
+    plain path."""
     decision = _decide(inputs, options, "forward")
-    y, t = pallas_kernel.forward(
+    return pallas_kernel.forward(
         *inputs,
         samples=options.samples,
         scale=options.scale,
         config=decision.config,
         device=jax_device(),
     )
-    return y, (inputs, t)
+
+
+def _kernel_forward(inputs: Inputs, options: Options) -> tuple[tuple[Array, Array], Inputs]:
+    return _kernel(inputs, options), inputs
+
+
+def _kernel_backward(
+    options: Options, inputs: Inputs, cotangents: tuple[Array, Array]
+) -> tuple[Inputs]:
+    # No cotangent of t arrives: the gradient's own derivative takes t again from the rows.
+    (found,) = jax.vjp(partial(_plain, options=options), inputs)[1](cotangents[0])
+    return (found,)
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _fused_backward(options: Options, residuals: Any, dy: Array) -> tuple[Inputs]:

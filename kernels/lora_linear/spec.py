@@ -32,7 +32,7 @@ CASES = (
     _case("mlp-256", "large", (1, 1024, 256, 256, 16), gate="rank"),
     _case("mlp-512", "large", (1, 4096, 512, 512, 16), gate="rank"),
     _case("vit-b-qkv", "large", (64, 197, 768, 2304, 16), gate="rank"),
-    _case("mlp-2048", "large", (1, 8192, 2048, 2048, 16), gate="rank"),
+    _case("mlp-2048", "large", (1, 4096, 2048, 2048, 16), gate="rank"),
     _case("one-row-each-512", "large", (256, 1, 512, 512, 8), per_sample=True, gate="sample"),
     _case("per-sample-tokens", "large", (32, 256, 512, 512, 16), per_sample=True, gate="sample"),
 )
@@ -125,7 +125,7 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
     if plain is not None and against:
         return Choice(plain, None, against)
     why = "u and v are read once" if _is_own(problem) else "one kernel instead of four launches"
-    return Choice(fused, _config(problem), why)
+    return Choice(fused, _config(problem, device), why)
 
 
 def _against_fusing(problem: Problem, device: Device) -> str | None:
@@ -156,16 +156,21 @@ LARGEST_BASE = dict.fromkeys(("bfloat16", "float16"), 5_000_000_000) | {"float32
 """FLOPs of the base product between which a kernel is expected to win."""
 
 
-def _config(problem: Problem) -> Config:
-    """The tile to take unmeasured."""
-    return Config(block_depth=32, pass_columns=16) if problem.dtype == "float32" else Config()
+def _config(problem: Problem, device: Device) -> Config:
+    """The tile to take unmeasured. A TPU's tiles have sides of 128."""
+    if device.platform == "tpu":
+        return Config(128, 128, 128, pass_columns=128)
+    if problem.dtype == "float32":
+        blackwell = device.platform == "cuda" and device.capability >= (10, 0)
+        return Config(block_depth=32, num_warps=4 if blackwell else 8, pass_columns=16)
+    return Config()
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
     """Every config worth timing."""
     if _is_own(problem):
         return [Config()]
-    usual = _config(problem)
+    usual = _config(problem, device)
     return [
         replace(usual, block_rows=rows, block_columns=columns, num_warps=warps, num_stages=stages)
         for rows in (32, 64, 128)

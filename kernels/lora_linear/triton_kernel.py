@@ -12,6 +12,8 @@ base product, and one program a row does the rest, reading u and v once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -360,7 +362,7 @@ def backward(
     """The gradients for that of y, (samples * n, out), n > 0, of any strides."""
     per_sample, rank = u.ndim == 3, u.shape[-1]
     gates = _gates(gate, samples, rank)
-    exact = {"dtype": torch.float32, "device": dy.device}
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
     products = torch.empty(t.shape if gate is not None else (0,), **exact)
     if per_sample and rows.shape[0] == samples:
         return _own_backward(dy, rows, weight, u, v, gates, t, products, scale, wants_x)
