@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ml_networks.config import (
+    AttentionConfig,
     ContrastiveLearningConfig,
     ConvConfig,
     ConvNetConfig,
@@ -21,14 +22,19 @@ _MLP = MLPConfig(6, 1, "Identity", LinearConfig("SiLU", "layer"))
 _GATED = MLPConfig(5, 1, "SiGLU", LinearConfig("Tanh"))
 
 
+def _modes(cfg: ConvConfig) -> tuple[bool, ...]:
+    return (True, False) if cfg.norm == "batch" else (True,)
+
+
 def _unet(name: str, shape: tuple[int, ...], conv: ConvConfig = _CONV, **fields: Any) -> Pair:
-    cfg = UNetConfig((4, 6), conv, **fields)
+    cfg = UNetConfig(**{"channels": (4, 6), "conv_cfg": conv, **fields})
     cls = "ConditionalUnet1d" if len(shape) == 2 else "ConditionalUnet2d"
 
     def build(library: Any, **rngs: Any) -> Any:
         return getattr(library, cls)(3, shape, cfg, **rngs)
 
-    return Pair(f"{cls} {name}", build, (normal(2, *shape), normal(2, 3, seed=1)))
+    inputs = (normal(2, *shape), normal(2, 3, seed=1))
+    return Pair(f"{cls} {name}", build, inputs, modes=_modes(conv))
 
 
 def _block(cls: str, shape: tuple[int, ...], out: int, *rest: Any, **conv: Any) -> Pair:
@@ -37,14 +43,15 @@ def _block(cls: str, shape: tuple[int, ...], out: int, *rest: Any, **conv: Any) 
     def build(library: Any, **rngs: Any) -> Any:
         return getattr(library.unet, cls)(shape[1], out, 3, cfg, *rest, **rngs)
 
-    return Pair(f"{cls} {conv}", build, (normal(*shape), normal(shape[0], 3, seed=1)))
+    inputs = (normal(*shape), normal(shape[0], 3, seed=1))
+    return Pair(f"{cls} {conv}", build, inputs, modes=_modes(cfg))
 
 
 def _resample(cls: str, shape: tuple[int, ...], use_shuffle: bool) -> Pair:
     def build(library: Any, **rngs: Any) -> Any:
         return getattr(library.unet, cls)(shape[1], use_shuffle, **rngs)
 
-    return Pair(f"{cls} {use_shuffle}", build, (normal(*shape),))
+    return Pair(f"{cls} {use_shuffle}", build, (normal(*shape),), modes=(True,))
 
 
 def _flat(made: dict[str, Any]) -> Any:
@@ -66,32 +73,25 @@ def _shapes(name: str, *rest: Any) -> Pair:
     def build(library: Any, **rngs: Any) -> Any:
         return library.HyperNet(4, shapes, *rest, **rngs)
 
-    return Pair(f"HyperNet {name}", build, (normal(5, 4),), lambda net, x: _flat(net(x)))
+    return Pair(f"HyperNet {name}", build, (normal(5, 4),), lambda net, x: _flat(net(x)), (True,))
 
 
 _TARGETS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mlp": (lambda lib, **rngs: lib.MLPLayer(5, 3, _MLP, **rngs), (5,)),
-    "residual": (
-        lambda lib, **rngs: lib.ResidualBlock(
-            in_channels=2, out_channels=4, conv_cfg=_CONV, **rngs
-        ),
-        (2, 4, 3),
-    ),
-    "encoder": (
-        lambda lib, **rngs: lib.Encoder(
+    "decoder": (
+        lambda lib, **rngs: lib.Decoder(
             3,
             (2, 6, 4),
-            ConvNetConfig((4, 4), (_CONV, _CONV), attention={"nhead": 2, "patch_size": 1}),
+            ConvNetConfig(
+                (4, 4),
+                (ConvConfig("ReLU", 4, 2, 1, groups=2), _CONV),
+                attention=AttentionConfig(2, 1),
+                init_channel=4,
+            ),
             LinearConfig("Tanh", "layer"),
             **rngs,
         ),
-        (2, 6, 4),
-    ),
-    "transposed": (
-        lambda lib, **rngs: lib.ConvTransposeNormActivation(
-            2, 4, ConvConfig("ReLU", 4, 2, 1, groups=2), **rngs
-        ),
-        (2, 3, 3),
+        (3,),
     ),
     "tokens": (
         lambda lib, **rngs: lib.TransformerLayer(
@@ -114,7 +114,8 @@ def _target(name: str, mlp_cfg: MLPConfig | None = None, input_mode: str | None 
             **rngs,
         )
 
-    return Pair(f"HyperNet {name} {input_mode}", build, (normal(3, *shape), normal(3, 4, seed=1)))
+    inputs = (normal(3, *shape), normal(3, 4, seed=1))
+    return Pair(f"HyperNet {name} {input_mode}", build, inputs, modes=(True,))
 
 
 def _contrast(
@@ -134,19 +135,18 @@ def _contrast(
         return losses["sigmoid" if method == "calc_sigmoid" else "nce"]
 
     views = (normal(*shape, dims[0]), normal(*shape, dims[1], seed=1))
-    return Pair(f"{method} {shape} {dims} {keywords}", build, views, call)
+    return Pair(f"{method} {shape} {dims} {keywords}", build, views, call, (True,))
 
 
 PAIRS = [
-    _unet("", (2, 8)),
     _unet("attention", (2, 8), has_attn=True, nhead=2, use_shuffle=True),
-    _unet("hypernet", (2, 8), use_hypernet=True),
     _unet("batch", (2, 8, 4), _BATCH, cond_pred_scale=True),
-    _unet("shuffle attention", (1, 4, 6), has_attn=True, nhead=2, use_shuffle=True),
+    _unet("hypernet", (2, 5), channels=(4,), use_hypernet=True),
     _unet(
-        "hypernet",
+        "hypernet attention",
         (3, 4, 2),
         _BATCH,
+        channels=(4,),
         has_attn=True,
         nhead=2,
         use_hypernet=True,
@@ -175,19 +175,13 @@ PAIRS = [
     _resample("Upsample1d", (2, 4, 5), True),
     _resample("Upsample2d", (2, 4, 5, 3), False),
     _resample("Upsample2d", (2, 4, 5, 3), True),
-    Pair(
-        "HorizonShuffle",
-        lambda lib, **_: lib.HorizonShuffle(3),
-        (normal(2, 6, 5),),
-    ),
+    Pair("HorizonShuffle", lambda lib, **_: lib.HorizonShuffle(3), (normal(2, 6, 5),)),
     Pair("HorizonUnShuffle", lambda lib, **_: lib.HorizonUnShuffle(3), (normal(2, 2, 6),)),
     _shapes("linear"),
     _shapes("mlp", _MLP, "cos|sin"),
     _target("mlp", _MLP, "z|1-z"),
-    _target("residual", _GATED),
-    _target("encoder"),
-    _target("transposed", _MLP, "cos|sin"),
-    _target("tokens", _MLP),
+    _target("decoder", _GATED, "cos|sin"),
+    _target("tokens"),
     _contrast("calc_nce", (6,), (4, 4)),
     _contrast("calc_nce", (2, 3), cross_entropy_like=True),
     _contrast("calc_sigmoid", (2, 3), temperature=0.7, bias=-0.4),

@@ -21,13 +21,15 @@ class Pair:
 
     ``build(library, **rngs)`` gets ``ml_networks.torch`` and no keyword, or ``ml_networks.jax``
     and ``rngs=``. ``inputs`` are float32 arrays; ``call`` turns module and inputs into one array
-    (the module's own call by default).
+    (the module's own call by default). ``modes`` are those to compare, training or not; one is
+    enough for what holds neither batch norm nor dropout.
     """
 
     name: str
     build: Callable[..., Any]
     inputs: tuple[np.ndarray, ...]
     call: Callable[..., Any] = field(default=lambda module, *inputs: module(*inputs))
+    modes: tuple[bool, ...] = (True, False)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
