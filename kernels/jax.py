@@ -6,6 +6,7 @@ from .attention.jax_op import attention
 from .binary_spherical_quantize.jax_op import BinarySphericalCodes, binary_spherical_quantize
 from .focal_frequency_loss.jax_op import focal_frequency_loss
 from .hyper_lora_linear.jax_op import hyper_lora_linear
+from .linear_norm_activation.jax_op import linear_norm_activation
 from .lora_linear.jax_op import lora_linear
 from .norm_activation.jax_op import norm_activation
 
@@ -15,6 +16,7 @@ __all__ = [
     "binary_spherical_quantize",
     "focal_frequency_loss",
     "hyper_lora_linear",
+    "linear_norm_activation",
     "lora_linear",
     "norm_activation",
 ]

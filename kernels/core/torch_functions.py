@@ -142,3 +142,12 @@ def dropout_scale(
     z = z ^ z >> 14
     kept = (z >> 8) >= counter.threshold(dropout)
     return kept.to(dtype) / (1.0 - dropout)
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether ``torch.func`` transforms a call of these: custom ops with gradients do not take
+    that, the plain path does."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(value is not None and wrapped(value) for value in tensors)

@@ -1,4 +1,5 @@
-"""What Triton kernels of several ops compute inside: activations by name, dropout from a counter.
+"""What Triton kernels of several ops compute inside: activations by name, norms of rows, dropout
+from a counter.
 
 Only modules with kernels import this one. Everything takes and returns float32 unless it says
 otherwise, uses no function that the interpreter lacks, and keeps relative accuracy near zero.
@@ -164,6 +165,37 @@ def activation(x, NAME: tl.constexpr):
     else:
         tl.static_assert(False, "unknown activation")
     return value, slope
+
+
+@triton.jit
+def row_statistics(
+    x, other, mask, eps, COUNT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr
+):
+    """Mean and 1 / deviation of each row, whose second half is ``other`` if it is gated."""
+    mean = tl.zeros([x.shape[0]], tl.float32)
+    if NORM == "layer":
+        total = tl.sum(x, axis=1)
+        if GATED:
+            total += tl.sum(other, axis=1)
+        mean = total / COUNT
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    squares = tl.sum(centred * centred, axis=1)
+    if GATED:
+        centred = tl.where(mask, other - mean[:, None], 0.0)
+        squares += tl.sum(centred * centred, axis=1)
+    return mean, 1.0 / tl.sqrt(squares / COUNT + eps)
+
+
+@triton.jit
+def scale_and_shift(z, weight, bias, column, in_row, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    """``z * weight + bias``, and the weight as a line."""
+    scale = tl.full([column.shape[0]], 1.0, tl.float32)
+    if WEIGHT:
+        scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+        z *= scale[None, :]
+    if BIAS:
+        z += tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    return z, scale
 
 
 @triton.jit

@@ -27,16 +27,10 @@ SMALLEST_COLUMNS = 16
 CASES = (
     Case("layer-gelu-small", "small", {"rows": 32, "width": 256}, {"activation": "GELU"}),
     Case(
-        "rms-swiglu-small",
-        "small",
-        {"rows": 20, "width": 16},
-        {"norm": "rms", "activation": "SwiGLU", "eps": 1e-6, "dropout": 0.25, "seed": 3},
-    ),
-    Case(
-        "layer-glu-ragged",
+        "rms-swiglu-ragged",
         "ragged",
         {"rows": 37, "width": 50},
-        {"activation": "GLU", "dropout": 0.1, "seed": -9},
+        {"norm": "rms", "activation": "SwiGLU", "eps": 1e-6, "dropout": 0.25, "seed": -9},
     ),
     Case(
         "bias-mish-ragged",

@@ -90,7 +90,7 @@ def norm_activation(
     Notes
     -----
     NaN and infinity in a row make a normalised row NaN, as in torch. Repeated calls give the same
-    bits, gradients included.
+    bits, gradients included. Under the transforms of ``torch.func`` the plain path runs.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = getattr(x, "dtype", type(x).__name__)
@@ -104,7 +104,9 @@ def norm_activation(
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         eps = torch.finfo(exact).eps if norm == "rms" else 1e-5
     options = norm, activation, float(eps), float(dropout)
-    if _takes_plain_path(x, width, residual, options, implementation):
+    if _takes_plain_path(
+        x, width, residual, options, implementation
+    ) or torch_functions.transformed(x, weight, bias, residual):
         return _plain(x, weight, bias, residual, seed, *options)
     if dropout > 0:
         if seed is None:

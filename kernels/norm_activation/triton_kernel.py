@@ -19,39 +19,16 @@ from ..core.activations import GATED
 from ..core.ahead_of_time import Compilation
 from ..core.device import Device
 from ..core.problem import Problem
-from ..core.triton_functions import activation, dropout_keeps, dropout_row_keys
+from ..core.triton_functions import (
+    activation,
+    dropout_keeps,
+    dropout_row_keys,
+    row_statistics,
+    scale_and_shift,
+)
 from .spec import Config, padded, parts
 
 _PROGRAMS_PER_PROCESSOR = 4
-
-
-@triton.jit
-def _statistics(x, other, mask, eps, COUNT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):
-    """Mean and 1 / deviation of each row, whose second half is ``other`` if it is gated."""
-    mean = tl.zeros([x.shape[0]], tl.float32)
-    if NORM == "layer":
-        total = tl.sum(x, axis=1)
-        if GATED:
-            total += tl.sum(other, axis=1)
-        mean = total / COUNT
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    squares = tl.sum(centred * centred, axis=1)
-    if GATED:
-        centred = tl.where(mask, other - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, axis=1)
-    return mean, 1.0 / tl.sqrt(squares / COUNT + eps)
-
-
-@triton.jit
-def _affine(z, weight, bias, column, in_row, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
-    """``z * weight + bias``, and the weight as a line."""
-    scale = tl.full([column.shape[0]], 1.0, tl.float32)
-    if WEIGHT:
-        scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
-        z *= scale[None, :]
-    if BIAS:
-        z += tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    return z, scale
 
 
 @triton.jit
@@ -94,12 +71,12 @@ def forward_kernel(
         gate = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
     if NORM != "none":
         COUNT: tl.constexpr = 2 * WIDTH if GATED else WIDTH
-        mean, inverse = _statistics(value, gate, mask, eps, COUNT, NORM, GATED)
+        mean, inverse = row_statistics(value, gate, mask, eps, COUNT, NORM, GATED)
         value = (value - mean[:, None]) * inverse[:, None]
         gate = (gate - mean[:, None]) * inverse[:, None]
-    value, _ = _affine(value, weight, bias, column, in_row, WEIGHT, BIAS)
+    value, _ = scale_and_shift(value, weight, bias, column, in_row, WEIGHT, BIAS)
     if GATED:
-        gate, _ = _affine(gate, weight + WIDTH, bias + WIDTH, column, in_row, WEIGHT, BIAS)
+        gate, _ = scale_and_shift(gate, weight + WIDTH, bias + WIDTH, column, in_row, WEIGHT, BIAS)
         opened, _ = activation(gate, ACTIVATION)
         result = value * opened
     else:
@@ -164,7 +141,7 @@ def backward_kernel(
             gate_z = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
         inverse = tl.full([BLOCK_ROWS], 1.0, tl.float32)
         if NORM != "none":
-            mean, inverse = _statistics(z, gate_z, mask, eps, COUNT, NORM, GATED)
+            mean, inverse = row_statistics(z, gate_z, mask, eps, COUNT, NORM, GATED)
             z = tl.where(mask, (z - mean[:, None]) * inverse[:, None], 0.0)
             if GATED:
                 gate_z = tl.where(mask, (gate_z - mean[:, None]) * inverse[:, None], 0.0)
@@ -175,10 +152,10 @@ def backward_kernel(
             keeps = dropout_keeps(k0[:, None], k1[:, None], column[None, :], threshold)
             grad = tl.where(keeps, grad * kept_scale, 0.0)
 
-        value, scale = _affine(z, weight, bias, column, in_row, WEIGHT, BIAS)
+        value, scale = scale_and_shift(z, weight, bias, column, in_row, WEIGHT, BIAS)
         target = of_x + (row * COUNT)[:, None] + column[None, :]
         if GATED:
-            gate, gate_scale = _affine(
+            gate, gate_scale = scale_and_shift(
                 gate_z, weight + WIDTH, bias + WIDTH, column, in_row, WEIGHT, BIAS
             )
             opened, slope = activation(gate, ACTIVATION)

@@ -40,7 +40,8 @@ from ml_networks.jax.primitives import (
     pixel_unshuffle,
 )
 from ml_networks.jax.rngs import RngsLike, as_rngs
-from ml_networks.kernels.jax import attention
+from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
+from ml_networks.kernels.jax import attention, linear_norm_activation
 
 __all__ = [
     "ConvNormActivation",
@@ -125,7 +126,9 @@ def make_dropout(probability: float, rngs: nnx.Rngs) -> Any:
 class LinearNormActivation(nnx.Module):
     """Linear layer, norm, activation, dropout; with ``norm_first`` the norm precedes the layer.
 
-    An activation with "glu" in its name gets twice ``output_dim`` and halves it.
+    An activation with "glu" in its name gets twice ``output_dim`` and halves it. On one GPU all
+    but the dropout is one op, :func:`ml_networks.kernels.jax.linear_norm_activation`; activations
+    with weights or over rows (PReLU, Softmax, ...) keep to separate steps.
 
     Parameters
     ----------
@@ -149,11 +152,47 @@ class LinearNormActivation(nnx.Module):
         self.activation = Activation(cfg.activation, rngs=rngs)
         self.dropout = make_dropout(cfg.dropout, rngs)
         self.norm_first = cfg.norm_first
+        self.activation_name = cfg.activation
 
     def __call__(self, x: Array) -> Array:
         """Map (..., input_dim) to (..., output_dim)."""
+        if jax.default_backend() != "cpu" and self._is_one_op():
+            return self.dropout(self._one_op(x))
         x = self.linear(self.norm(x)) if self.norm_first else self.norm(self.linear(x))
         return self.dropout(self.activation(x))
+
+    def _is_one_op(self) -> bool:
+        """Whether the children are as they were made, on a single device: XLA cannot divide a
+        kernel among several."""
+        return (
+            self.activation_name in KERNEL_ACTIVATIONS
+            and type(self.linear) is Linear
+            and type(self.norm) in _ROW_NORMS
+            and type(self.activation) is Activation
+            and jax.device_count() == 1
+        )
+
+    def _one_op(self, x: Array) -> Array:
+        norm = _ROW_NORMS[type(self.norm)]
+        eps = getattr(self.norm, "eps", None)
+        if norm == "rms" and eps is None:
+            eps = float(jnp.finfo(x.dtype).eps)
+        bias = self.linear.bias
+        scale, shift = (getattr(self.norm, name, None) for name in ("scale", "bias"))
+        return linear_norm_activation(
+            x,
+            self.linear.kernel[...].T,
+            None if bias is None else bias[...],
+            None if scale is None else scale[...],
+            None if shift is None else shift[...],
+            norm=norm,
+            norm_first=self.norm_first,
+            activation=self.activation_name,
+            eps=eps,
+        )
+
+
+_ROW_NORMS = {LayerNorm: "layer", RMSNorm: "rms", Identity: "none"}
 
 
 @checked_keywords(mlp_config="cfg", mlp_cfg="cfg")

@@ -22,6 +22,8 @@ from ml_networks.config import (
     TransformerConfig,
     as_config,
 )
+from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
+from ml_networks.kernels.torch import linear_norm_activation
 from ml_networks.torch.activations import Activation
 from ml_networks.torch.attention import MultiheadAttention
 from ml_networks.torch.base import Module
@@ -106,7 +108,9 @@ def _dropout(probability: float) -> nn.Module:
 class LinearNormActivation(nn.Module):
     """Linear layer, norm, activation, dropout; with ``norm_first`` the norm precedes the layer.
 
-    An activation with "glu" in its name gets twice ``output_dim`` and halves it.
+    An activation with "glu" in its name gets twice ``output_dim`` and halves it. On a GPU all of
+    it is one op, :func:`ml_networks.kernels.torch.linear_norm_activation`, which also draws the
+    dropout; activations with weights or over rows (PReLU, Softmax, ...) keep to separate steps.
 
     Parameters
     ----------
@@ -130,9 +134,52 @@ class LinearNormActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
+        if x.is_cuda and self._is_one_op():
+            return self._one_op(x)
         x = self.linear(self.norm(x)) if self.norm_first else self.norm(self.linear(x))
         output: Tensor = self.dropout(self.activation(x))
         return output
+
+    def _is_one_op(self) -> bool:
+        """Whether the children are as they were made: nothing replaced, hooked or sharded."""
+        children = (self.linear, self.norm, self.activation, self.dropout)
+        return (
+            self.cfg.activation in KERNEL_ACTIVATIONS
+            and type(self.linear) is nn.Linear
+            and type(self.linear.weight) is nn.Parameter
+            and type(self.norm) in _ROW_NORMS
+            and type(self.activation) is Activation
+            and type(self.dropout) in (nn.Dropout, nn.Identity)
+            and getattr(self.dropout, "p", 0.0) < 1
+            and not any(_has_hooks(child) for child in children)
+        )
+
+    def _one_op(self, x: Tensor) -> Tensor:
+        norm: Any = self.norm
+        return linear_norm_activation(
+            x,
+            self.linear.weight,
+            self.linear.bias,
+            getattr(norm, "weight", None),
+            getattr(norm, "bias", None),
+            norm=_ROW_NORMS[type(norm)],
+            norm_first=self.norm_first,
+            activation=self.cfg.activation,
+            eps=getattr(norm, "eps", None),
+            dropout=getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0,
+        )
+
+
+_ROW_NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "none"}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 @checked_keywords(mlp_config="cfg", mlp_cfg="cfg")

@@ -437,3 +437,18 @@ def test_a_gated_activation_is_not_for_tpus() -> None:
     problem = spec.CASES[1].problem("norm_activation")
     reasons = spec.not_supported_reasons(problem, "pallas", device.target("tpu"))
     assert any("gated" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("implementation", TORCH)
+def test_transforms_of_torch_func(implementation: str) -> None:
+    x = torch.from_numpy(draw(3, 4, 6)).to(DEVICE)
+    weight = torch.from_numpy(draw(3, 6, seed=1)).to(DEVICE)
+
+    def size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = torch_norm_activation(x, weight, activation="GELU", implementation=implementation)
+        return y.square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(size, (0, 1)))(x, weight)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    total = sum(size(*pair) for pair in zip(*leaves, strict=True))
+    torch.testing.assert_close(gradients, torch.autograd.grad(total, leaves))

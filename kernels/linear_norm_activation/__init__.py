@@ -1,0 +1,1 @@
+"""A linear layer with norm, activation, dropout and residual."""
