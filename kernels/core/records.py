@@ -112,7 +112,10 @@ def _hash(package: str, module: str) -> str:
     found = find_spec(f"{package}.{module}")
     if found is None or found.origin is None:
         return ""
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]
+    # With what kernels of several ops share: `core/triton_*.py` or `core/pallas_*.py`.
+    shared = Path(__file__).parent.glob(f"{module.partition('_')[0]}_*.py")
+    sources = b"".join(path.read_bytes() for path in (Path(found.origin), *sorted(shared)))
+    return hashlib.sha256(sources).hexdigest()[:12]
 
 
 def shipped_folder() -> Path:
