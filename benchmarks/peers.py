@@ -127,8 +127,33 @@ def _all_scores(case: Case, device: str) -> Call | None:
     return call
 
 
+def _published_lora(case: Case, device: str) -> Call | None:
+    """LoRA as its authors and PEFT write it: a linear layer plus two more. It has no gate, so the
+    gate of each rank goes into its B."""
+    if case.flags.get("per_sample") or case.flags.get("gate") != "rank":
+        return None
+    import loralib
+    from torch.func import functional_call
+
+    width_in, width_out, rank = (case.dims[k] for k in ("in_features", "out_features", "rank"))
+    scale = float(case.flags.get("scale", 1.0))
+    layer = loralib.Linear(width_in, width_out, r=rank, lora_alpha=scale * rank).to(device)
+
+    def call(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        weights = {
+            "weight": inputs["weight"],
+            "bias": inputs["bias"],
+            "lora_A": inputs["v"].mT,
+            "lora_B": inputs["u"] * inputs["gate"],
+        }
+        return {"y": functional_call(layer, weights, (inputs["x"],))}
+
+    return call
+
+
 PEERS = (
     Peer("focal_frequency_loss", "focal-frequency-loss", _published_loss, trains=True),
+    Peer("lora_linear", "loralib", _published_lora, trains=True),
     Peer("binary_spherical_quantize", "vector-quantize-pytorch", _lookup_free, trains=False),
     Peer("attention", "torch", _backend("FLASH_ATTENTION"), True, "flash"),
     Peer("attention", "torch", _backend("CUDNN_ATTENTION"), True, "cuDNN"),

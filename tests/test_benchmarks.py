@@ -190,6 +190,20 @@ def test_what_the_published_loss_does_not_do_is_not_compared() -> None:
         assert PUBLISHED["focal_frequency_loss"].build(cases[case], "cpu") is None
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_published_lora_gives_the_same_numbers(training: bool) -> None:
+    peer = PUBLISHED["lora_linear"]
+    op = registry.get("lora_linear")
+    cases = {row.id: row for row in op.spec.CASES}
+    assert peer.build(cases["per-sample-odd"], "cpu") is None
+    if not peer.installed:
+        pytest.skip("loralib is not installed")
+    call = peer.build(cases["shared"], "cpu")
+    assert call is not None
+    load = measure.Workload(op, cases["shared"], "torch", "float32", training)
+    assert all(error < 1e-5 for error in load.errors(load.run(call)).values())
+
+
 def test_the_published_quantizer_gives_the_same_codes() -> None:
     peer = PUBLISHED["binary_spherical_quantize"]
     if not peer.installed:
