@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -378,27 +379,32 @@ class HyperNet(HyperNetMixin, BaseModule):
         samples = inputs.reshape(n_samples, *inputs.shape[len(batch) :])
         with nnx.split_rngs(self.target_net, splits=n_samples):  # dropout differs between samples
             graph, *states = nnx.split(self.target_net, nnx.RngState, ...)
-        streams, own = states
-
-        def run(made: dict[str, Array], streams: nnx.State, x: Array) -> Array:
-            state = dict(nnx.to_flat_state(own))
-            for path, variable in state.items():
-                name = ".".join(map(str, path))
-                state[path] = variable.replace(made[name]) if name in made else variable
-            target: Any = nnx.merge(graph, streams, nnx.from_flat_state(state.items()))
-            # A batch dimension of one: many layers want to see one.
-            output: Array = target(x[None])[0]
-            for path, statistic in nnx.to_flat_state(nnx.state(target, nnx.BatchStat)):
-                if statistic.get_value() is not state[path].get_value():
-                    raise ValueError(
-                        f"target_net updates the statistics {'.'.join(map(str, path))}, which "
-                        "cannot be one for samples with weights of their own: call eval() first "
-                        "or use another norm"
-                    )
-            return output
-
-        output = jax.vmap(run)(made, streams, samples)
+            streams, own = states
+            output = jax.vmap(partial(_run, graph, own))(made, streams, samples)
         return output.reshape(*batch, *output.shape[1:])
+
+
+def _run(
+    graph: nnx.GraphDef, own: nnx.State, made: dict[str, Array], streams: nnx.State, x: Array
+) -> Array:
+    """Run a target, with the arrays made in the place of its own, on one sample."""
+    state = {}
+    for path, variable in nnx.to_flat_state(own):
+        value = made.get(".".join(map(str, path)), variable.get_value())
+        state[path] = variable.replace(value)
+    target: Any = nnx.merge(graph, streams, nnx.from_flat_state(state.items()))
+    statistics = [
+        (path, variable, variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(target, nnx.BatchStat))
+    ]
+    output: Array = target(x[None])[0]  # a batch dimension of one: many layers want to see one
+    for path, variable, before in statistics:
+        if variable.get_value() is not before:
+            raise ValueError(
+                f"target_net updates the statistics {'.'.join(map(str, path))}, which cannot be "
+                "one for samples with weights of their own: call eval() first or use another norm"
+            )
+    return output
 
 
 def _named(state: nnx.State) -> dict[str, Any]:
