@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ml_networks.config import AttentionConfig
-from ml_networks.torch import Attention1d, Attention2d
+from ml_networks.config import AttentionConfig, TransformerConfig
+from ml_networks.torch import Attention1d, Attention2d, TransformerLayer
+from ml_networks.torch.attention import MultiheadAttention
 
 SHAPES = [
     (Attention1d, (2, 6, 7), 3, 1),
@@ -163,3 +164,60 @@ def test_patches_that_do_not_fit() -> None:
         Attention2d(8, 2, 2)(torch.zeros(1, 8, 4, 5))
     with pytest.raises(ValueError, match="pad to a multiple of 3"):
         Attention1d(8, 2, 3)(torch.zeros(1, 8, 10))
+
+
+class TestMultiheadAttention:
+    """Against the class of torch that it stands for."""
+
+    @pytest.mark.parametrize("case", ["self", "cross", "position", "no_bias"])
+    def test_equals_that_of_torch(self, case: str) -> None:
+        torch.manual_seed(0)
+        theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True, bias=case != "no_bias")
+        torch.manual_seed(0)
+        ours = MultiheadAttention(12, 3, batch_first=True, bias=case != "no_bias")
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(mine, other)
+        x, y = torch.randn(2, 7, 12), torch.randn(2, 5, 12)
+        inputs = {"cross": (x, y, y), "position": (x, x, 2 * x)}.get(case, (x, x, x))
+        results = []
+        for layer in (theirs, ours):
+            output = layer(*inputs, need_weights=False)[0]
+            gradients = torch.autograd.grad(output.sin().sum(), list(layer.parameters()))
+            results.append((output, *gradients))
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other)
+
+    def test_what_it_leaves_to_torch(self) -> None:
+        torch.manual_seed(0)
+        layer = MultiheadAttention(8, 2, batch_first=True)
+        x = torch.randn(2, 4, 8)
+        output, weights = layer(x, x, x)
+        assert weights is not None
+        assert weights.shape == (2, 4, 4)
+        torch.testing.assert_close(output, layer(x, x, x, need_weights=False)[0])
+        hidden = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        masked, _ = layer(x, x, x, attn_mask=hidden, need_weights=False)
+        torch.testing.assert_close(masked[:, -1], output[:, -1])
+        assert not torch.allclose(masked[:, 0], output[:, 0])
+
+    def test_dropout_only_in_training(self) -> None:
+        torch.manual_seed(0)
+        layer = MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        x = torch.randn(2, 4, 8)
+        first, second = (layer(x, x, x, need_weights=False)[0] for _ in range(2))
+        assert not torch.equal(first, second)
+        layer.eval()
+        first, second = (layer(x, x, x, need_weights=False)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_a_transformer_has_it_with_the_weights_it_drew(self) -> None:
+        cfg = TransformerConfig(d_model=8, nhead=2, dim_ff=16, n_layers=1)
+        torch.manual_seed(0)
+        (layer,) = TransformerLayer(8, 0, cfg).transformer.layers
+        torch.manual_seed(0)
+        plain = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        assert isinstance(layer.self_attn, MultiheadAttention)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(value, layer.state_dict()[name]), name
+        assert all(parameter.requires_grad for parameter in layer.parameters())
