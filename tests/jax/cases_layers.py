@@ -40,9 +40,17 @@ def _pair(name: str, build: Any, *shape: int) -> Pair:
     return Pair(name, build, (normal(*shape),))
 
 
+def _activation(name: str) -> Pair:
+    def build(library: Any, **_: Any) -> Any:
+        return getattr(library, name)()
+
+    return Pair(name, build, (normal(3, 4, 6),), modes=(True,))
+
+
 _MLP = MLPConfig(8, 2, "Tanh", LinearConfig("SiGLU", norm="layer"))
 _TOKENS = TransformerConfig(8, 2, 12, 2, dropout=0.0)
 PAIRS = [
+    *map(_activation, ("CRReLU", "L2Norm", "REReLU", "SiGLU", "TanhExp")),
     _linear(),
     _linear(norm="layer"),
     _linear(norm="layer", norm_cfg={"eps": 1e-3, "bias": False}),
