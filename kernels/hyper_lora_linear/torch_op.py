@@ -175,6 +175,7 @@ def _plain(
     u_bias: Tensor,
     v_weight: Tensor,
     v_bias: Tensor,
+    *,
     scale: float,
 ) -> Tensor:
     """The op in ordinary torch operations, differentiable any number of times."""
@@ -253,7 +254,7 @@ def _forward_op(
     generators = (context, gate_weight, gate_bias, u_weight, u_bias, v_weight, v_bias)
     with usage.timed(decision):
         if decision.implementation == "torch" or rows.shape[0] == 0:
-            y = _plain(rows, weight, bias, *generators, scale)
+            y = _plain(rows, weight, bias, *generators, scale=scale)
             # What the backward kernel needs; the plain one takes it again.
             v = _generator(v_weight, v_bias, rows.shape[1])
             return y, (rows if save else rows[:0]) @ v
