@@ -269,7 +269,9 @@ def load_learner(
 
 def load_checkpoint(path: Path, framework: str = "torch") -> Any:
     """The model that `save_checkpoint` wrote, in evaluation mode: that of :func:`load_learner`."""
-    return load_learner(path, framework)[0].model.eval()
+    model = load_learner(path, framework)[0].model
+    model.eval()
+    return model
 
 
 app = typer.Typer(help="A BSQ autoencoder on real images.", add_completion=False)
