@@ -20,6 +20,7 @@ from ml_networks import (
     SoftmaxTransConfig,
     UNetConfig,
 )
+from ml_networks.convert import state_dict, torch_to_jax
 from ml_networks.jax.data import numpy_collate
 from ml_networks.jax.hypernetworks import (
     HyperNetMixin,
@@ -39,6 +40,11 @@ def target(dropout: float = 0.0) -> Any:
     if dropout:
         layers.append(nnx.Dropout(dropout, rngs=nnx.Rngs(3)))
     return nnx.Sequential(*layers, nnx.Linear(6, 2, rngs=nnx.Rngs(1)))
+
+
+def small() -> Any:
+    net = library.LinearNormActivation(3, 2, LinearConfig("Tanh"), rngs=nnx.Rngs(0))
+    return library.HyperNet(3, target_net=net, rngs=nnx.Rngs(1))
 
 
 def test_a_hypernetwork_over_flax_layers_equals_a_loop_over_samples() -> None:
@@ -65,6 +71,34 @@ def test_dropout_in_the_target_differs_between_samples_and_calls() -> None:
     assert not jnp.array_equal(first, second)
     hypernet.eval()
     assert len(np.unique(np.asarray(hypernet(x, condition)).round(5), axis=0)) == 1
+
+
+def test_a_checkpoint_does_not_hang_on_the_order_of_attributes() -> None:
+    """Attributes of a merged module are in alphabetical order, of a new one as it sets them."""
+    net = library.Attention1d(4, 2, rngs=nnx.Rngs(0))
+    hypernet = library.HyperNet(3, target_net=net, rngs=nnx.Rngs(1))
+    merged = nnx.merge(*nnx.split(hypernet))
+    assert list(vars(merged.target_net)) != list(vars(net))
+    before, after = state_dict(hypernet), state_dict(merged)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+
+
+def test_a_hypernetwork_refuses_weights_of_another() -> None:
+    hypernet = library.HyperNet(3, target_net=target(), rngs=nnx.Rngs(1))
+    weights = {key: value + 0 for key, value in state_dict(small()).items()}
+    torch_to_jax(weights, small())
+    for change, error, message in (
+        ({"backbone.bias": None}, KeyError, "missing: backbone.bias"),
+        ({"backbone.offset": np.zeros(2)}, KeyError, "not part of it: backbone.offset"),
+        ({"backbone.weight": np.zeros((2, 3))}, ValueError, "backbone.weight has shape"),
+    ):
+        wrong = {k: v for k, v in {**weights, **change}.items() if v is not None}
+        with pytest.raises(error, match=message):
+            torch_to_jax(wrong, small())
+    with pytest.raises(KeyError, match="missing"):
+        torch_to_jax(weights, hypernet)
 
 
 def test_statistics_of_the_target_cannot_be_updated() -> None:
