@@ -107,12 +107,8 @@ def attention(
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762; computed by tiles as in Dao, Fu,
     Ermon, Rudra, Ré, "FlashAttention", arXiv 2205.14135.
     """
-    spec.check_arguments(
-        tuple(query.shape),
-        tuple(key.shape),
-        tuple(value.shape),
-        None if mask is None else tuple(mask.shape),
-    )
+    shape = None if mask is None else mask.shape
+    spec.check_arguments(query.shape, key.shape, value.shape, shape)
     kind = query.device.type
     on_cpu = kind == "cpu"
     autocast = (on_cpu or kind == "cuda") and torch.is_autocast_enabled(kind)
