@@ -366,7 +366,8 @@ neuron_select_type, n_random_pairing_self, in_channels
         first = self._first_layer(look, dtype)
         r, scale = (value.astype(dtype) for value in self._decay("action", ticks))
         # Dropout draws from counters that each tick moves on: they travel with the loop.
-        structure, counters, rest = nnx.split(self, nnx.RngState, ...)
+        parts: Any = nnx.split(self, nnx.RngState, ...)
+        structure, counters, rest = parts
 
         def tick(carry: Any, scale: Array) -> tuple[Any, Any]:
             z, trace, alpha, counters = carry
