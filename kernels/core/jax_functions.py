@@ -324,5 +324,5 @@ def seed_words(seed: Any) -> tuple[Array, Array]:
         )
     if array.shape == (2,):
         return array[0].astype(jnp.uint32), array[1].astype(jnp.uint32)
-    high = array >> 32 if array.dtype.itemsize == 8 else jnp.where(array < 0, -1, 0)
-    return array.astype(jnp.uint32), high.astype(jnp.uint32)
+    upper = array >> 32 if array.dtype.itemsize == 8 else jnp.where(array < 0, -1, 0)
+    return array.astype(jnp.uint32), upper.astype(jnp.uint32)

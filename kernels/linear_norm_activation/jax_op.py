@@ -186,9 +186,9 @@ def _tail(
 def _plain(arrays: Arrays, seed: Seed, options: Options) -> Array:
     """XLA's product, and `norm_activation`, whose implementation is its own affair unless XLA was
     asked for."""
-    x, weight, bias, *affine, residual = arrays
-    h = _normed(x, *affine, options) if options.norm_first else x
-    return _tail(_linear(h, weight, bias), *affine, residual, seed, options)
+    x, weight, bias, scale, shift, residual = arrays
+    h = _normed(x, scale, shift, options) if options.norm_first else x
+    return _tail(_linear(h, weight, bias), scale, shift, residual, seed, options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -215,21 +215,20 @@ def _fused_backward(
 ) -> tuple[Arrays, None]:
     """Two products of XLA's, and the gradients of norm and activation at the linear layer's
     result. All of it can be differentiated again."""
-    (x, weight, bias, *affine, residual), seed, z = saved
+    (x, weight, bias, scale, shift, residual), seed, z = saved
 
-    def tail(z: Array, *affine: Array) -> Array:
-        return _tail(z, *affine, None, seed, options)
+    def tail(z: Array, scale: Array, shift: Array) -> Array:
+        return _tail(z, scale, shift, None, seed, options)
 
-    of_z, *of_affine = jax.vjp(tail, z, *affine)[1](of_y)
+    of_z, of_scale, of_shift = jax.vjp(tail, z, scale, shift)[1](of_y)
     h, pull = x, None
     if options.norm_first:
-        h, pull = jax.vjp(partial(_normed, options=options), x, *affine)
-    of_h, of_weight, of_bias = jax.vjp(_linear, h, weight, bias)[1](of_z)
-    of_x = of_h
+        h, pull = jax.vjp(partial(_normed, options=options), x, scale, shift)
+    of_x, of_weight, of_bias = jax.vjp(_linear, h, weight, bias)[1](of_z)
     if pull is not None:
-        of_x, *of_affine = pull(of_h)
+        of_x, of_scale, of_shift = pull(of_x)
     of_residual = None if residual is None else of_y
-    return Arrays(of_x, of_weight, of_bias, *of_affine, of_residual), None
+    return Arrays(of_x, of_weight, of_bias, of_scale, of_shift, of_residual), None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -79,10 +79,11 @@ def _kernel(
     column, k = _iota(_side(width), 1), _iota(_side(inputs), 1)
     real, real_x = (row < rows) & (column < width), (row < rows) & (k < inputs)
     line = (k < inputs) if norm_first else (column < width)
-    affine = [_load(part, line).astype(jnp.float32) for part in (norm_weight_line, norm_bias_line)]
+    scale = _load(norm_weight_line, line).astype(jnp.float32)
+    shift = _load(norm_bias_line, line).astype(jnp.float32)
     x = _load(x_block, real_x)
     if norm_first:
-        x = _normed(x.astype(jnp.float32), real_x, *affine, norm, eps, inputs).astype(x.dtype)
+        x = _normed(x.astype(jnp.float32), real_x, scale, shift, norm, eps, inputs).astype(x.dtype)
     weight = _load(weight_block, (_iota(_side(width), 0) < width) & (k < inputs))
     z = pallas.dot(x, weight, transpose_right=True)
     z += _load(bias_line, column < width).astype(jnp.float32)
@@ -90,7 +91,7 @@ def _kernel(
         _store(arguments.pop(), z, real)
     y = arguments.pop()
     if not norm_first:
-        z = _normed(jnp.where(real, z, 0.0), real, *affine, norm, eps, width)
+        z = _normed(jnp.where(real, z, 0.0), real, scale, shift, norm, eps, width)
     result = ACTIVATIONS[name](z)[0]
     if dropout:
         seed = arguments.pop(0)

@@ -16,7 +16,7 @@ from ..core.registry import Binding
 from ..norm_activation.torch_op import norm_activation
 from . import spec
 
-_SEEDS = -(1 << 63), (1 << 63) - 1
+_SEEDS = 0, 1 << 62
 
 
 def linear_norm_activation(
@@ -187,20 +187,38 @@ def _plain(
     own = "torch" if implementation == "torch" else None
     with torch.autocast(x.device.type, enabled=False):
         z = _linear_result(x, weight, bias, norm_weight, norm_bias, norm, norm_first, eps, own)
-        if norm_first:
-            norm_weight, norm_bias, norm = None, None, "none"
-        return norm_activation(
-            z,
-            norm_weight,
-            norm_bias,
-            residual,
-            norm=norm,
-            activation=activation,
-            eps=eps,
-            dropout=dropout,
-            seed=seed,
-            implementation=own,
-        )
+        options = norm, norm_first, activation, eps, dropout
+        return _tail(z, norm_weight, norm_bias, residual, seed, *options, own)
+
+
+def _tail(
+    z: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: int | Tensor | None,
+    norm: str,
+    norm_first: bool,
+    activation: str,
+    eps: float,
+    dropout: float,
+    implementation: str | None,
+) -> Tensor:
+    """What follows the linear layer."""
+    if norm_first:
+        norm_weight, norm_bias, norm = None, None, "none"
+    return norm_activation(
+        z,
+        norm_weight,
+        norm_bias,
+        residual,
+        norm=norm,
+        activation=activation,
+        eps=eps,
+        dropout=dropout,
+        seed=seed,
+        implementation=implementation,
+    )
 
 
 def _linear_result(
@@ -244,24 +262,30 @@ def _forward_op(
     decision = _decide(rows, x, weight, options, residual is not None, implementation)
     with usage.timed(decision):
         if decision.implementation == "torch" or not rows:
-            affine = norm_weight, norm_bias
-            z = _linear_result(x, weight, bias, *affine, norm, norm_first, eps, "torch")
-            rest = {"activation": activation, "dropout": dropout, "seed": seed, "eps": eps}
-            if norm_first:
-                affine, norm = (None, None), "none"
-            y = norm_activation(z, *affine, residual, norm=norm, implementation="torch", **rest)
+            tensors = x, weight, bias, norm_weight, norm_bias
+            z = _linear_result(*tensors, norm, norm_first, eps, "torch")
+            y = _tail(z, norm_weight, norm_bias, residual, seed, *options, "torch")
             # An op's results may not share memory.
             return (y.clone() if y is z else y), (z if keep else z.new_empty(0, z.shape[1]))
         from . import triton_kernel
 
-        tensors = (
-            None if value is None else value.contiguous()
-            for value in (weight, bias, norm_weight, norm_bias)
-        )
-        device = torch_device(x.device)
         return triton_kernel.forward(
-            x, *tensors, residual, seed, *options, keep, decision.config, device
+            x,
+            weight.contiguous(),
+            _contiguous(bias),
+            _contiguous(norm_weight),
+            _contiguous(norm_bias),
+            residual,
+            seed,
+            *options,
+            keep,
+            decision.config,
+            torch_device(x.device),
         )
+
+
+def _contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
 
 
 @_forward_op.register_fake

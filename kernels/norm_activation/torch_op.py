@@ -16,7 +16,7 @@ from ..core.registry import Binding
 from . import spec
 
 Optionals = Tensor | None
-_SEEDS = -(1 << 63), (1 << 63) - 1
+_SEEDS = 0, 1 << 62
 
 
 def norm_activation(

@@ -192,7 +192,7 @@ class LinearNormActivation(nnx.Module):
         )
 
 
-_ROW_NORMS = {LayerNorm: "layer", RMSNorm: "rms", Identity: "none"}
+_ROW_NORMS: dict[Any, str] = {LayerNorm: "layer", RMSNorm: "rms", Identity: "none"}
 
 
 @checked_keywords(mlp_config="cfg", mlp_cfg="cfg")

@@ -131,7 +131,7 @@ def test_strides_and_offsets_beyond_two_to_the_31(implementation: str) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"norm": "group"}, "unknown norm 'group'"),
-    ({"activation": "Relu"}, "Did you mean 'ReLU'"),
+    ({"activation": "Relu"}, "unknown activation 'Relu'"),
     ({"weight": np.ones(8, np.float32)}, r"must be \(out_features, in_features\)"),
     ({"weight": np.ones((4, 7), np.float32)}, "last axes must be equal"),
     ({"weight": np.ones((5, 8), np.float32), "activation": "GLU"}, "must be even"),
