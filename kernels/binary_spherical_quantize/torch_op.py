@@ -403,10 +403,11 @@ def _second_gradient(ctx: Any, of_gradient: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _leaf(value: Tensor | None) -> Tensor | None:
-    """A tensor to differentiate by; one that is part of a graph already stays so."""
-    if value is None or value.requires_grad:
-        return value
-    return value.detach().requires_grad_()
+    """A tensor to differentiate by; one that is part of a graph already stays so, as a view: no
+    path leads from one such tensor to another."""
+    if value is None:
+        return None
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
 
 
 _backward_op.register_autograd(_second_gradient, setup_context=_setup_backward)

@@ -391,6 +391,18 @@ def test_the_backward_op_equals_autograd_and_can_be_differentiated(
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(len(TORCH) == 1, reason="needs TRITON_INTERPRET=1 or a GPU")
+def test_second_derivatives_where_the_cotangent_depends_on_the_features() -> None:
+    def second(implementation: str) -> torch.Tensor:
+        features = torch.from_numpy(draw(6, 4)).to(DEVICE).requires_grad_()
+        entropies = entropies_of(features, entropy_bits=2, implementation=implementation)
+        loss = entropies[0].square().sum() + entropies[1].square()
+        (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), features)[0]
+
+    torch.testing.assert_close(second("triton"), second("torch"), rtol=1e-4, atol=1e-5)
+
+
 # Tracing an autograd.Function, torch._dynamo instantiates it, which torch.autograd deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("implementation", TORCH)

@@ -175,16 +175,15 @@ def test_no_rows_and_leading_axes(op: str, implementation: str) -> None:
 @each_torch
 @each_op
 def test_nan_and_infinity_stay_in_their_rows(op: str, implementation: str) -> None:
-    inputs = tensors_of(op)
+    # All positive: an infinite row is infinite, not NaN.
+    inputs = {name: value.abs() for name, value in tensors_of(op).items()}
     rows = inputs["x"].reshape(6, -1)
     clean = run(op, inputs, implementation).reshape(6, -1)
     rows[1, 3], rows[4, 2] = float("nan"), float("inf")
-    inputs = {**inputs, "x": rows.reshape(inputs["x"].shape)}
+    inputs["x"] = rows.reshape(inputs["x"].shape)
     y = run(op, inputs, implementation).reshape(6, -1)
-    plain = run(op, inputs, "torch").reshape(6, -1)
     assert y[1].isnan().all()
-    assert torch.equal(y[4].isnan(), plain[4].isnan())
-    assert not y[4].isfinite().any()
+    assert y[4].isposinf().all()
     kept = [0, 2, 3, 5]
     torch.testing.assert_close(y[kept], clean[kept])
 
