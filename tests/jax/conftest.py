@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,6 +27,16 @@ Arrays = dict[str, np.ndarray]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if FOLDER and HAS_TORCH:
         items[:] = [item for item in items if "from_torch" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Compile without most optimisations: tests run a program once."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture

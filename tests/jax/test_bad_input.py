@@ -25,6 +25,7 @@ from ml_networks import (
 )
 from ml_networks.jax.primitives import BatchNorm, GroupNorm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONV = ConvConfig("ReLU", 3, 1, 1)
 MLP = MLPConfig(4, 1, "Tanh", LinearConfig("ReLU"))
 TOKENS = TransformerConfig(4, 2, 4, 1, 0.0)

@@ -13,6 +13,7 @@ import ml_networks.jax as library
 from ml_networks.convert import from_026_jax
 from tests.golden.make_jax import DATA, call, cases
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
 
 

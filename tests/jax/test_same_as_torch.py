@@ -14,6 +14,7 @@ from tests.jax.conftest import HAS_TORCH, Arrays
 from tests.jax.modules import Pair, pairs
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def close(got: Any, expected: Any, tolerance: float, what: str, scale: float = 1.0) -> None:
@@ -65,16 +66,6 @@ CASES = [
     for pair in pairs()
     for training in pair.modes
 ]
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Any:
-    """Most of the time here would go into optimising programs that run once."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
 
 
 # torch's vmap over its attention, in a hypernetwork's target.

@@ -32,6 +32,7 @@ from ml_networks.jax.layers import pixel_shuffle_2d, pixel_unshuffle_2d
 from ml_networks.jax.primitives import BatchNorm, Linear
 from tests.jax.modules import normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MLP = MLPConfig(8, 1, "Identity", LinearConfig("ReLU"))
 
 
