@@ -50,7 +50,9 @@ def _up(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def _linear_kernel(*refs: Any, inputs: tuple[str, ...], tile: Tile, depth_first: bool) -> None:
+def _linear_kernel(
+    *refs: Any, inputs: tuple[str, ...], rank: int, tile: Tile, depth_first: bool
+) -> None:
     named = dict(zip(inputs, refs, strict=False))
     y_ref, *t_refs = refs[len(inputs) :]
     x_ref, weight_ref, u_ref = (named[name] for name in ("x", "weight", "u"))
@@ -79,6 +81,8 @@ def _linear_kernel(*refs: Any, inputs: tuple[str, ...], tile: Tile, depth_first:
         if "mix" in named:
             q = pallas.dot(q.astype(named["mix"].dtype), named["mix"][...])
             q = q * named["after"][...].astype(jnp.float32)
+        # An infinite x makes NaN of the zeros beyond the rank.
+        q = jnp.where(jax.lax.broadcasted_iota(jnp.int32, q.shape, 1) < rank, q, 0.0)
     else:
         q = named["q"][...]
     total += pallas.dot(q.astype(u_ref.dtype), u_ref[...], transpose_right=True)
@@ -153,7 +157,9 @@ def linear(
         out_shape.append(jax.ShapeDtypeStruct((groups, all_rows, ranks), x.dtype))
         out_specs.append(by_row)
     y, *t = pallas.call(
-        partial(_linear_kernel, inputs=tuple(arrays), tile=tile, depth_first=depth_first),
+        partial(
+            _linear_kernel, inputs=tuple(arrays), rank=rank, tile=tile, depth_first=depth_first
+        ),
         out_shape=out_shape,
         grid=(groups, all_rows // tile.block_rows, all_columns // tile.block_columns),
         in_specs=[spec for _, spec in arrays.values()],

@@ -132,6 +132,7 @@ def forward_kernel(
     wide = tl.reshape(wide, (BLOCK_ROWS, RANKS, CONTEXTS))
     low = tl.sum(wide * c[:, None, :], axis=2) * gates * scale
     q = tl.reshape(low[:, :, None] * c[:, None, :], (BLOCK_ROWS, RANKS * CONTEXTS))
+    q = tl.where(real, q, 0.0)
     line = (column * rank)[None, :] + r[:, None]
     thin = tl.load(
         u_weight + line * features + of_pair[:, None],

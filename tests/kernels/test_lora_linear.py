@@ -462,6 +462,18 @@ def test_pallas_goes_through_every_transform(op: str) -> None:
         np.testing.assert_allclose(got[name], value, atol=1e-5 * scale, err_msg=name)
 
 
+def test_nan_and_infinity_stay_in_their_rows_in_pallas() -> None:
+    inputs = {k: jnp.abs(jnp.asarray(v, jnp.float32)) for k, v in arrays_of("lora_linear").items()}
+    clean = jax_lora_linear(**inputs)
+    inputs["x"] = inputs["x"].at[0, 1, 3].set(jnp.nan).at[1, 2, 2].set(jnp.inf)
+    with pallas.interpret():
+        y = jax_lora_linear(**inputs, implementation="pallas")
+    assert jnp.isnan(y[0, 1]).all()
+    assert jnp.isposinf(y[1, 2]).all()
+    kept = jnp.isfinite(inputs["x"]).all(-1)
+    np.testing.assert_allclose(y[kept], clean[kept], rtol=1e-5)
+
+
 @each_op
 def test_pallas_runs_inside_shard_map(op: str) -> None:
     inputs = {k: jnp.asarray(v, jnp.float32) for k, v in arrays_of(op).items()}
