@@ -380,10 +380,11 @@ def _gradients(
 
 
 def _leaf(value: Tensor | None) -> Tensor | None:
-    """A tensor to differentiate by; one that is part of a graph already stays so."""
-    if value is None or value.requires_grad or not value.is_floating_point():
+    """A tensor to differentiate by. One that is part of a graph stays so, under a name of its own:
+    a cotangent may depend on the other inputs, and that path is not this op's to follow."""
+    if value is None or not value.is_floating_point():
         return value
-    return value.detach().requires_grad_()
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
 
 
 _backward_op.register_autograd(_second_gradient, setup_context=_setup_backward)
