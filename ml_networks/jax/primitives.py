@@ -272,9 +272,11 @@ class GroupNorm(Affine):
         check_channels(type(self).__name__, x, self.features, x.ndim - 2)
         exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         groups = exact.reshape(x.shape[0], self.num_groups, -1)
-        centred = groups - groups.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.eps)
-        return _scale_channels(y.reshape(x.shape), self).astype(x.dtype)
+        mean = groups.mean(-1)
+        var = ((groups - mean[..., None]) ** 2).mean(-1)
+        each = x.shape[1] // self.num_groups
+        mean, factor = (jnp.repeat(m, each, 1) for m in (mean, jax.lax.rsqrt(var + self.eps)))
+        return _normalized(exact, mean, factor, self).astype(x.dtype)
 
 
 class BatchNorm(Affine):
@@ -311,9 +313,7 @@ class BatchNorm(Affine):
             axes = (0, *range(2, x.ndim))
             mean, var = exact.mean(axes), exact.var(axes)
             self._update(mean, var, x.size // x.shape[1])
-        factor = _along_channels(jax.lax.rsqrt(var + self.eps), x)
-        y = (exact - _along_channels(mean, x)) * factor
-        return _scale_channels(y, self).astype(x.dtype)
+        return _normalized(exact, mean, jax.lax.rsqrt(var + self.eps), self).astype(x.dtype)
 
     def _update(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         if self.mean is None or self.var is None:
@@ -324,30 +324,39 @@ class BatchNorm(Affine):
             running[...] = (1 - self.momentum) * running[...] + self.momentum * held
 
 
-def _scale_channels(y: jax.Array, norm: Affine) -> jax.Array:
-    y = y if norm.scale is None else y * _along_channels(norm.scale[...], y)
-    return y if norm.bias is None else y + _along_channels(norm.bias[...], y)
+def _normalized(x: jax.Array, mean: jax.Array, factor: jax.Array, norm: Affine) -> jax.Array:
+    """``(x - mean) factor scale + bias`` of (channels,) or (batch, channels) moments.
+
+    One multiplication and addition an element, as in torch: the moments are folded into scale and
+    bias first, which makes the backward pass shorter too.
+    """
+    factor = factor if norm.scale is None else factor * norm.scale[...]
+    offset = -mean * factor
+    offset = offset if norm.bias is None else offset + norm.bias[...]
+    per_channel = (*factor.shape, *(1,) * (x.ndim - 2))
+    return x * factor.reshape(per_channel) + offset.reshape(per_channel)
 
 
+# Channels go last while pixels move, so that whole rows of channels are copied.
 def pixel_shuffle(x: Float[Array, "*batch channels *sides"], factor: int, sides: int) -> Any:
     """(…, c f^n, *sides) -> (…, c, f * sides), torch's order; n = ``sides`` spatial axes."""
-    *batch, channels = x.shape[: x.ndim - sides]
-    size = x.shape[x.ndim - sides :]
+    first = x.ndim - sides - 1
+    batch, channels, size = x.shape[:first], x.shape[first], x.shape[first + 1 :]
     kept = channels // factor**sides
-    x = x.reshape(*batch, kept, *(factor,) * sides, *size)
-    first = len(batch) + 1
-    order = [axis for n in range(sides) for axis in (first + sides + n, first + n)]
-    x = x.transpose(*range(first), *order)
-    return x.reshape(*batch, kept, *(factor * side for side in size))
+    x = jnp.moveaxis(x, first, -1).reshape(*batch, *size, kept, *(factor,) * sides)
+    inner = first + sides + 1
+    order = [axis for n in range(sides) for axis in (first + n, inner + n)]
+    x = x.transpose(*range(first), *order, inner - 1)
+    return jnp.moveaxis(x.reshape(*batch, *(factor * side for side in size), kept), -1, first)
 
 
 def pixel_unshuffle(x: Float[Array, "*batch channels *sides"], factor: int, sides: int) -> Any:
     """The inverse of :func:`pixel_shuffle`."""
-    *batch, channels = x.shape[: x.ndim - sides]
-    size = [side // factor for side in x.shape[x.ndim - sides :]]
-    x = x.reshape(*batch, channels, *(n for side in size for n in (side, factor)))
-    first = len(batch) + 1
-    inner = [first + 2 * n + 1 for n in range(sides)]
+    first = x.ndim - sides - 1
+    batch, channels = x.shape[:first], x.shape[first]
+    size = [side // factor for side in x.shape[first + 1 :]]
+    pairs = (n for side in size for n in (side, factor))
+    x = jnp.moveaxis(x, first, -1).reshape(*batch, *pairs, channels)
     outer = [first + 2 * n for n in range(sides)]
-    x = x.transpose(*range(first), *inner, *outer)
-    return x.reshape(*batch, channels * factor**sides, *size)
+    x = x.transpose(*range(first), *outer, x.ndim - 1, *(axis + 1 for axis in outer))
+    return jnp.moveaxis(x.reshape(*batch, *size, channels * factor**sides), -1, first)
