@@ -193,42 +193,25 @@ def _plain(arrays: Arrays, seed: Seed, options: Options) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fused(arrays: Arrays, seed: Seed, options: Options) -> Array:
-    return _launch(arrays, seed, options, keep=False)[0]
-
-
-def _launch(arrays: Arrays, seed: Seed, options: Options, keep: bool) -> list[Array]:
     config = _decide(arrays, options).config
     return pallas_kernel.forward(
-        *arrays, seed, options=options[:5], keep=keep, config=config, device=jax_device()
+        *arrays, seed, options=options[:5], config=config, device=jax_device()
     )
 
 
 def _fused_forward(
     arrays: Arrays, seed: Seed, options: Options
-) -> tuple[Array, tuple[Arrays, Seed, Array]]:
-    y, z = _launch(arrays, seed, options, keep=True)
-    return y, (arrays, seed, z)
+) -> tuple[Array, tuple[Arrays, Seed]]:
+    return _fused(arrays, seed, options), (arrays, seed)
 
 
 def _fused_backward(
-    options: Options, saved: tuple[Arrays, Seed, Array], of_y: Array
+    options: Options, saved: tuple[Arrays, Seed], of_y: Array
 ) -> tuple[Arrays, None]:
-    """Two products of XLA's, and the gradients of norm and activation at the linear layer's
-    result. All of it can be differentiated again."""
-    (x, weight, bias, scale, shift, residual), seed, z = saved
-
-    def tail(z: Array, scale: Array, shift: Array) -> Array:
-        return _tail(z, scale, shift, None, seed, options)
-
-    of_z, of_scale, of_shift = jax.vjp(tail, z, scale, shift)[1](of_y)
-    h, pull = x, None
-    if options.norm_first:
-        h, pull = jax.vjp(partial(_normed, options=options), x, scale, shift)
-    of_x, of_weight, of_bias = jax.vjp(_linear, h, weight, bias)[1](of_z)
-    if pull is not None:
-        of_x, of_scale, of_shift = pull(of_x)
-    of_residual = None if residual is None else of_y
-    return Arrays(of_x, of_weight, of_bias, of_scale, of_shift, of_residual), None
+    """The plain path's: XLA's products, one of them the layer's own again, and the backward
+    kernel of `norm_activation`."""
+    arrays, seed = saved
+    return jax.vjp(lambda arrays: _plain(arrays, seed, options), arrays)[1](of_y)[0], None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -71,7 +71,6 @@ def _kernel(
     config: Config,
     options: StaticOptions,
     residual: bool,
-    keep: bool,
 ) -> None:
     norm, norm_first, name, eps, dropout = options
     arguments = list(others)
@@ -87,8 +86,6 @@ def _kernel(
     weight = _load(weight_block, (_iota(_side(width), 0) < width) & (k < inputs))
     z = pallas.dot(x, weight, transpose_right=True)
     z += _load(bias_line, column < width).astype(jnp.float32)
-    if keep:
-        _store(arguments.pop(), z, real)
     y = arguments.pop()
     if not norm_first:
         z = _normed(jnp.where(real, z, 0.0), real, scale, shift, norm, eps, width)
@@ -103,7 +100,7 @@ def _kernel(
     _store(y, result, real)
 
 
-@partial(jax.jit, static_argnames=("options", "keep", "config", "device"))
+@partial(jax.jit, static_argnames=("options", "config", "device"))
 def forward(
     x: Array,
     weight: Array,
@@ -114,12 +111,10 @@ def forward(
     seed: tuple[Array, Array] | None,
     *,
     options: StaticOptions,
-    keep: bool,
     config: Config,
     device: Device,
-) -> list[Array]:
-    """Launch on ``x`` (rows, in_features), rows > 0: the result and, where ``keep``, that of the
-    linear layer; ``device`` keys the compiled code."""
+) -> Array:
+    """Launch on ``x`` (rows, in_features), rows > 0; ``device`` keys the compiled code."""
     rows, inputs = x.shape
     width = weight.shape[0]
 
@@ -150,13 +145,12 @@ def forward(
             config=config,
             options=options,
             residual=residual is not None,
-            keep=keep,
         ),
-        out_shape=[result] * (1 + keep),
+        out_shape=[result],
         grid=(pl.cdiv(rows, config.block_rows),),
         in_specs=specs,
-        out_specs=[block(width)] * (1 + keep),
+        out_specs=[block(width)],
         num_warps=config.num_warps,
         num_stages=1,
         name="linear_norm_activation",
-    )(*arrays)
+    )(*arrays)[0]
