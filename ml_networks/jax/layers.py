@@ -173,10 +173,6 @@ class LinearNormActivation(nnx.Module):
         )
 
     def _one_op(self, x: Array) -> Array:
-        norm = _ROW_NORMS[type(self.norm)]
-        eps = getattr(self.norm, "eps", None)
-        if norm == "rms" and eps is None:
-            eps = float(jnp.finfo(x.dtype).eps)
         bias = self.linear.bias
         scale, shift = (getattr(self.norm, name, None) for name in ("scale", "bias"))
         return linear_norm_activation(
@@ -185,10 +181,10 @@ class LinearNormActivation(nnx.Module):
             None if bias is None else bias[...],
             None if scale is None else scale[...],
             None if shift is None else shift[...],
-            norm=norm,
+            norm=_ROW_NORMS[type(self.norm)],
             norm_first=self.norm_first,
             activation=self.activation_name,
-            eps=eps,
+            eps=getattr(self.norm, "eps", None),
         )
 
 

@@ -236,7 +236,8 @@ class LayerNorm(Affine):
 
 
 class RMSNorm(Affine):
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis; ``eps`` None is the dtype's."""
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis; ``eps`` None is
+    that of the dtype computed in, float32 for half precision."""
 
     def __init__(
         self, normalized_shape: int, eps: float | None = None, elementwise_affine: bool = True
@@ -246,8 +247,8 @@ class RMSNorm(Affine):
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Normalise (..., features) along the last axis."""
-        eps = jnp.finfo(x.dtype).eps if self.eps is None else self.eps
         exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        eps = jnp.finfo(exact.dtype).eps if self.eps is None else self.eps
         y = exact * jax.lax.rsqrt((exact**2).mean(-1, keepdims=True) + eps)
         y = y if self.scale is None else y * self.scale[...]
         return y.astype(x.dtype)

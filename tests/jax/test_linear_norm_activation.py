@@ -11,6 +11,8 @@ jax = pytest.importorskip("jax", reason="jax is not installed")
 
 from ml_networks.config import LinearConfig  # noqa: E402
 from ml_networks.jax.layers import LinearNormActivation  # noqa: E402
+from ml_networks.jax.primitives import RMSNorm  # noqa: E402
+from tests.jax.conftest import Arrays  # noqa: E402
 
 CONFIGS: list[dict[str, Any]] = [
     {"activation": "GELU", "norm": "layer"},
@@ -35,3 +37,17 @@ def test_one_op_equals_the_steps(options: dict[str, Any], dtype: str) -> None:
 def test_an_activation_with_weights_keeps_to_its_steps() -> None:
     layer = LinearNormActivation(6, 5, LinearConfig(activation="PReLU"), rngs=jax.random.key(0))
     assert not layer._is_one_op()
+
+
+def test_rms_norm_has_torchs_epsilon_in_half_precision(from_torch: Any) -> None:
+    """Of float32, in which both compute: at 1e-3 that of bfloat16 would be all there is."""
+    x = np.full((1, 6), 1e-3, np.float32)
+
+    def in_torch() -> Arrays:
+        import torch
+
+        norm = torch.nn.RMSNorm(6, dtype=torch.bfloat16)
+        return {"y": norm(torch.tensor(x).bfloat16()).float().detach().numpy()}
+
+    y = RMSNorm(6)(jax.numpy.asarray(x, "bfloat16"))
+    np.testing.assert_allclose(np.float32(y), from_torch(in_torch)["y"], rtol=0.01)
