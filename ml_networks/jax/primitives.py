@@ -60,7 +60,7 @@ def _per_side(value: int | Sequence[int], sides: int) -> tuple[int, ...]:
 
 def _dimension_numbers(sides: int) -> tuple[str, str, str]:
     window = "DHW"[-sides:]
-    return f"NC{window}", f"{window}IO", f"NC{window}"
+    return f"N{window}C", f"{window}IO", f"N{window}C"
 
 
 class Conv(nnx.Module):
@@ -114,8 +114,9 @@ class Conv(nnx.Module):
     def convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         """Map (batch, in, *sides) to (batch, out, *sides) with another kernel and bias."""
         padding = [(p, p) for p in self.padding]
+        x = _channels_last(x)
         if self.padding_mode != "zeros":
-            x = jnp.pad(x, [(0, 0), (0, 0), *padding], mode=_PAD_MODES[self.padding_mode])
+            x = jnp.pad(x, [(0, 0), *padding, (0, 0)], mode=_PAD_MODES[self.padding_mode])
             padding = [(0, 0)] * self.sides
         y = jax.lax.conv_general_dilated(
             x,
@@ -171,7 +172,7 @@ class ConvTranspose(nnx.Module):
         if x.ndim == self.sides + 1:
             return self(x[None])[0]
         y = jax.lax.conv_general_dilated(
-            x,
+            _channels_last(x),
             self.kernel[...].astype(x.dtype),
             (1,) * self.sides,
             self.edges,
@@ -195,12 +196,19 @@ def check_channels(owner: str, x: jax.Array, channels: int, sides: int) -> None:
     )
 
 
+# Inside, channels are last: XLA convolves so on a CPU. The moves in and out of neighbouring layers
+# cancel when compiled, as long as every layer that is more than elementwise makes them.
+def _channels_last(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, 1, -1)
+
+
+def _channels_first(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, -1, 1)
+
+
 def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return y if bias is None else y + _along_channels(bias, y).astype(y.dtype)
-
-
-def _along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
-    return vector.reshape(-1, *(1,) * (like.ndim - 2))
+    """Add to convolved (batch, *sides, channels), which become (batch, channels, *sides)."""
+    return _channels_first(y if bias is None else y + bias.astype(y.dtype))
 
 
 class Affine(nnx.Module):
@@ -271,13 +279,17 @@ class GroupNorm(Affine):
     def __call__(self, x: Float[Array, "batch channels *sides"]) -> jax.Array:
         """Normalise (batch, channels, *sides); the shape stays."""
         check_channels(type(self).__name__, x, self.features, x.ndim - 2)
-        exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        groups = exact.reshape(x.shape[0], self.num_groups, -1)
-        mean = groups.mean(-1)
-        var = ((groups - mean[..., None]) ** 2).mean(-1)
-        each = x.shape[1] // self.num_groups
-        mean, factor = (jnp.repeat(m, each, 1) for m in (mean, jax.lax.rsqrt(var + self.eps)))
-        return _normalized(exact, mean, factor, self).astype(x.dtype)
+        exact = _channels_last(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = self._of_groups(exact)
+        var = self._of_groups((exact - _beside_sides(mean, x.ndim)) ** 2)
+        return _normalized(exact, mean, jax.lax.rsqrt(var + self.eps), self).astype(x.dtype)
+
+    def _of_groups(self, x: jax.Array) -> jax.Array:
+        """(batch, channels): the mean of each channel's group. The sides go first, so that feature
+        maps need not be moved into the order of groups.
+        """
+        means = x.mean(range(1, x.ndim - 1)).reshape(len(x), self.num_groups, -1).mean(-1)
+        return jnp.repeat(means, self.features // self.num_groups, 1)
 
 
 class BatchNorm(Affine):
@@ -307,11 +319,11 @@ class BatchNorm(Affine):
     def __call__(self, x: Float[Array, "batch channels *sides"]) -> jax.Array:
         """Normalise (batch, channels, *sides); the shape stays."""
         check_channels(type(self).__name__, x, self.features, x.ndim - 2)
-        exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        exact = _channels_last(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.use_running_average and self.mean is not None and self.var is not None:
             mean, var = self.mean[...], self.var[...]
         else:
-            axes = (0, *range(2, x.ndim))
+            axes = range(x.ndim - 1)
             mean, var = exact.mean(axes), exact.var(axes)
             self._update(mean, var, x.size // x.shape[1])
         return _normalized(exact, mean, jax.lax.rsqrt(var + self.eps), self).astype(x.dtype)
@@ -326,7 +338,8 @@ class BatchNorm(Affine):
 
 
 def _normalized(x: jax.Array, mean: jax.Array, factor: jax.Array, norm: Affine) -> jax.Array:
-    """``(x - mean) factor scale + bias`` of (channels,) or (batch, channels) moments.
+    """``(x - mean) factor scale + bias`` of (batch, *sides, channels), as (batch, channels,
+    *sides), with (channels,) or (batch, channels) moments.
 
     One multiplication and addition an element, as in torch: the moments are folded into scale and
     bias first, which makes the backward pass shorter too.
@@ -334,8 +347,12 @@ def _normalized(x: jax.Array, mean: jax.Array, factor: jax.Array, norm: Affine) 
     factor = factor if norm.scale is None else factor * norm.scale[...]
     offset = -mean * factor
     offset = offset if norm.bias is None else offset + norm.bias[...]
-    per_channel = (*factor.shape, *(1,) * (x.ndim - 2))
-    return x * factor.reshape(per_channel) + offset.reshape(per_channel)
+    y = x * _beside_sides(factor, x.ndim) + _beside_sides(offset, x.ndim)
+    return _channels_first(y)
+
+
+def _beside_sides(moment: jax.Array, axes: int) -> jax.Array:
+    return moment if moment.ndim == 1 else jnp.expand_dims(moment, range(1, axes - 1))
 
 
 # Channels go last while pixels move, so that whole rows of channels are copied.
