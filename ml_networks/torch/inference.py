@@ -48,7 +48,7 @@ class Fusion:
     kept: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.folded)} batch norms folded, {len(self.kept)} kept"]
+        lines = [f"batch norms: {len(self.folded)} folded, {len(self.kept)} kept"]
         lines += [f"  {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 

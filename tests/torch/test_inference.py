@@ -113,7 +113,7 @@ def test_whole_models() -> None:
         count = sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
         fusion = fuse_for_inference(module)
         assert len(fusion.folded) == count >= 2
-        assert str(fusion) == f"{count} batch norms folded, 0 kept"
+        assert str(fusion) == f"batch norms: {count} folded, 0 kept"
         assert_same(module, x, expected)
 
 
