@@ -15,6 +15,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ml_networks.tasks.images.train import leave_together
 from tests.golden.make import flatten
 from tests.torch.modules import ModuleCase, all_modules
 
@@ -104,9 +105,8 @@ def _distributed(rank: int, store: str, results: str) -> None:
     """Check in one of two processes that DDP averages the gradients of the halves of a batch."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
+    joined = torch.distributed.FileStore(store, 2)
+    torch.distributed.init_process_group("gloo", store=joined, rank=rank, world_size=2)
     lines = []
     for name, case in CASES.items():
         inputs = _inputs(case, 4)
@@ -118,8 +118,7 @@ def _distributed(rank: int, store: str, results: str) -> None:
             if not torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-6):
                 lines.append(f"{name}: {key}")
     Path(f"{results}-{rank}").write_text("\n".join(lines))
-    # While they wait, gloo's threads let go of the last tensors: they need a live interpreter.
-    torch.distributed.barrier()
+    leave_together(joined, 2)
     torch.distributed.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch import nn as torch_nn
 
+from ml_networks.tasks.images.train import leave_together
 from ml_networks.torch import nn
 from ml_networks.torch.nn import global_batch
 
@@ -218,13 +219,11 @@ def _half_precision(start: int, stop: int) -> Tensor:
 def _process(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    joined = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=joined, rank=rank, world_size=2)
     torch.save(_steps(rank, [(0, 2), (2, 5)]), f"{folder}/{rank}")
     torch.save(_half_precision(*[(0, 2), (2, 5)][rank]), f"{folder}/half-{rank}")
-    # While they wait, gloo's threads let go of the last tensors: they need a live interpreter.
-    torch.distributed.barrier()
+    leave_together(joined, 2)
     torch.distributed.destroy_process_group()
 
 

@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,6 +55,9 @@ from ml_networks.torch.nn import (
     global_batch,
 )
 from ml_networks.torch.utils import torch_fix_seed
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 PROGRAM = "ml_networks.tasks.images.train"
 LAST = "last.safetensors"
@@ -172,16 +176,28 @@ def join_processes(device: str | None) -> Iterator[Processes]:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     place = pick_device(device)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    store, rank, _ = next(rendezvous("env://"))
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Processes(dist.get_rank(), size, place)
-        if place.type == "cpu":
-            # A thread of gloo that still holds the tensors of the last reduction needs the GIL to
-            # let them go, and ends the process with SIGABRT if Python is already shutting down.
-            # While all wait here (a barrier has no tensors) it gets the GIL.
-            dist.barrier()
+        yield Processes(rank, size, place)
+        leave_together(store, size)
     finally:
         dist.destroy_process_group()
+
+
+def leave_together(store: Store, size: int) -> None:
+    """Wait until all ``size`` processes are here, without a collective operation.
+
+    A process that ends closes its connections, which another one that has yet to wake from their
+    last collective operation takes for a failure. And a thread of gloo that still holds tensors
+    of that operation needs the GIL to let them go: after Python has begun to shut down that ends
+    the process with SIGABRT. Here it gets the GIL.
+    """
+    store.add("leaving", 1)
+    while store.add("leaving", 0) < size:
+        time.sleep(0.01)
+    time.sleep(0.1)
 
 
 class Stop(Protocol):
