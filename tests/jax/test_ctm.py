@@ -26,8 +26,6 @@ from tests.jax.cases_ctm import SMALL
 
 PLAIN = {name: value for name, value in SMALL.items() if name != "hyper_rank"}
 GOLDEN = sorted((Path(__file__).parent.parent / "golden" / "ctm").glob("*.safetensors"))
-# What the compiler would do for speed takes longer than the tests.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def off(got: Any, expected: np.ndarray) -> float:
@@ -37,6 +35,7 @@ def off(got: Any, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("quick_compilation")
 def test_golden(path: Path) -> None:
     tensors = load_file(path)
     with safe_open(path, "np") as file:
@@ -52,7 +51,7 @@ def test_golden(path: Path) -> None:
         loss = (results[0] * tensors["cotangent/predictions"]).sum()
         return loss + (results[1] * tensors["cotangent/certainties"]).sum(), results
 
-    step = jax.jit(jax.value_and_grad(forward, has_aux=True), compiler_options=QUICK)
+    step = jax.jit(jax.value_and_grad(forward, has_aux=True))
     (_, results), gradients = step(parameters)
     for got, name in zip(results, ("predictions", "certainties", "synch_out"), strict=True):
         assert off(got, tensors[name]) < 5e-6, name
