@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ml_networks.jax.data import *
     from ml_networks.jax.distributions import *
     from ml_networks.jax.hypernetworks import *
+    from ml_networks.jax.inference import *
     from ml_networks.jax.layers import *
     from ml_networks.jax.lightning import *
     from ml_networks.jax.lora import *
@@ -59,6 +60,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "stack_dist",
     ),
     "hypernetworks": ("HyperNet",),
+    "inference": ("Fusion", "fuse_for_inference", "unfuse"),
     "layers": (
         "ConvNormActivation",
         "ConvNormActivation1d",

@@ -105,14 +105,13 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in *sides"]) -> jax.Array:
         """Map (batch, in, *sides) to (batch, out, *sides); the batch axis may be left out."""
-        check_channels("Conv", x, self.kernel.shape[-2] * self.groups, self.sides)
-        batch = x if x.ndim > self.sides + 1 else x[None]
-        bias = None if self.bias is None else self.bias[...]
-        y = self.convolve(batch, self.kernel[...], bias)
-        return y if x.ndim > self.sides + 1 else y[0]
+        return self.convolve(x, self.kernel[...], None if self.bias is None else self.bias[...])
 
     def convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """Map (batch, in, *sides) to (batch, out, *sides) with another kernel and bias."""
+        """Do the same with another kernel and bias."""
+        check_channels("Conv", x, self.kernel.shape[-2] * self.groups, self.sides)
+        if x.ndim == self.sides + 1:
+            return self.convolve(x[None], kernel, bias)[0]
         padding = [(p, p) for p in self.padding]
         x = _channels_last(x)
         if self.padding_mode != "zeros":
@@ -168,12 +167,16 @@ class ConvTranspose(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in *sides"]) -> jax.Array:
         """Map (batch, in, *sides) to (batch, out, *sides); the batch axis may be left out."""
+        return self.convolve(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+    def convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """Do the same with another kernel and bias."""
         check_channels("ConvTranspose", x, self.kernel.shape[-2] * self.groups, self.sides)
         if x.ndim == self.sides + 1:
-            return self(x[None])[0]
+            return self.convolve(x[None], kernel, bias)[0]
         y = jax.lax.conv_general_dilated(
             _channels_last(x),
-            self.kernel[...].astype(x.dtype),
+            kernel.astype(x.dtype),
             (1,) * self.sides,
             self.edges,
             lhs_dilation=self.stride,
@@ -181,7 +184,7 @@ class ConvTranspose(nnx.Module):
             dimension_numbers=_dimension_numbers(self.sides),
             feature_group_count=self.groups,
         )
-        return _add_bias(y, None if self.bias is None else self.bias[...])
+        return _add_bias(y, bias)
 
 
 def check_channels(owner: str, x: jax.Array, channels: int, sides: int) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ml_networks._fusion import MIXES_POSITIONS, NO_STATISTICS, PADS_WITH_ZEROS, Fusion
 from ml_networks.torch.layers import (
     ConvNormActivation,
     ConvNormActivation1d,
@@ -30,27 +31,6 @@ _BLOCKS = (
     ConvTransposeNormActivation,
     ConvTransposeNormActivation1d,
 )
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """What :func:`fuse_for_inference` did.
-
-    Attributes
-    ----------
-    folded
-        Names of the batch norms that are now part of a convolution.
-    kept
-        Name of every other batch norm, and why it stays.
-    """
-
-    folded: tuple[str, ...]
-    kept: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"batch norms: {len(self.folded)} folded, {len(self.kept)} kept"]
-        lines += [f"  {name}: {reason}" for name, reason in self.kept.items()]
-        return "\n".join(lines)
 
 
 # A folded module is the same object under another class, which has the same parameters, buffers
@@ -189,10 +169,10 @@ def _block_pair(block: nn.Module) -> _Pair | str:
     shuffle = getattr(block, "horizontal_shuffle", None)
     if getattr(block, "norm_first", False):
         if conv.padding_mode == "zeros" and (conv.padding == "same" or any(conv.padding)):
-            return "it comes before a convolution that pads with zeros"
+            return PADS_WITH_ZEROS
         return _Pair(conv, norm_first=True)
     if isinstance(shuffle, HorizonUnShuffle):
-        return "a shuffle mixes positions of a channel between the convolution and it"
+        return MIXES_POSITIONS
     return _Pair(conv, spread=shuffle.upscale_factor if isinstance(shuffle, HorizonShuffle) else 1)
 
 
@@ -265,7 +245,7 @@ def _why_not(norm: _BatchNorm, pair: _Pair | None, uses: dict[nn.Module, int]) -
     if norm.training:
         return "it is in training mode"
     if norm.running_mean is None:
-        return "it keeps no running statistics"
+        return NO_STATISTICS
     return None
 
 

@@ -11,12 +11,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 theirs = pytest.importorskip("ml_networks.torch")
 
 TORCH_ALONE = {
-    "Fusion": "what fuse_for_inference returns",
     "determine_loader": "a torch DataLoader; numpy_collate makes its batches NumPy's",
-    "fuse_for_inference": "XLA fuses what jax.jit compiles",
     "seed_worker": "for workers of a torch DataLoader",
     "torch_fix_seed": "here jax_fix_seed",
-    "unfuse": "undoes fuse_for_inference",
 }
 NOT_COMPARED = {
     "BaseModule": "abstract",
