@@ -8,6 +8,11 @@ from .focal_frequency_loss.torch_op import focal_frequency_loss
 from .hyper_lora_linear.torch_op import hyper_lora_linear
 from .linear_norm_activation.torch_op import linear_norm_activation
 from .lora_linear.torch_op import lora_linear
+from .neuron_level_model.torch_op import (
+    neuron_level_model,
+    neuron_level_model_trace_gradient,
+    neuron_level_model_weight_gradient,
+)
 from .norm_activation.torch_op import norm_activation
 
 __all__ = [
@@ -18,5 +23,8 @@ __all__ = [
     "hyper_lora_linear",
     "linear_norm_activation",
     "lora_linear",
+    "neuron_level_model",
+    "neuron_level_model_trace_gradient",
+    "neuron_level_model_weight_gradient",
     "norm_activation",
 ]

@@ -1,0 +1,1 @@
+"""A small network of its own for every neuron, over its recent past."""
