@@ -172,69 +172,54 @@ def _attention(
 def _plain(
     query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, call: Call
 ) -> Array:
-    """JAX's own function; spelled out for what that lacks: dropout, float64, and float16 outside
-    GPUs."""
+    """JAX's own function; spelled out for what that lacks (dropout, float64, and float16 outside
+    GPUs), and on CPUs, where XLA makes fewer copies of that."""
     if not query.size or not key.size:
         return jnp.zeros_like(query)
-    lacking = query.dtype == jnp.float64 or (
-        query.dtype == jnp.float16 and jax_device().platform != "cuda"
-    )
-    if seed is not None or lacking:
+    platform = jax_device().platform
+    lacking = query.dtype == jnp.float64 or (query.dtype == jnp.float16 and platform != "cuda")
+    if seed is not None or lacking or platform == "cpu":
         return _spelled_out(query, key, value, mask, seed, call)
-    bias = hidden = None
-    if mask is not None:
-        hidden = ~mask if mask.dtype == bool else mask == -jnp.inf
-        bias = None if mask.dtype == bool else jnp.where(hidden, 0.0, mask)
+    return _by_jax(query, key, value, mask, call)
+
+
+def _by_jax(query: Array, key: Array, value: Array, mask: Array | None, call: Call) -> Array:
+    """JAX's own function."""
+    visible = _visible(query, key, mask, call)
+    bias = None
+    if mask is not None and mask.dtype != bool:
+        bias = jnp.where(mask == -jnp.inf, 0.0, mask)
     with _precision(query.dtype):
         output = jax.nn.dot_product_attention(
             query.swapaxes(1, 2),
             key.swapaxes(1, 2),
             value.swapaxes(1, 2),
             bias=bias,
-            mask=None if hidden is None else ~hidden,
-            is_causal=call.causal,
+            mask=visible,
             scale=call.scale,
         ).swapaxes(1, 2)
-    if hidden is not None:
+    if mask is not None and visible is not None:
         # JAX spreads the weight of a row without keys over all of them.
-        empty = _hidden(hidden, query, key, call).all(-1, keepdims=True)
-        output = jnp.where(empty, 0.0, output)
+        output = jnp.where(visible.any(-1, keepdims=True), output, 0.0)
     return output
 
 
-def _hidden(hidden: Array | None, query: Array, key: Array, call: Call) -> Array:
-    """With the keys after a query."""
-    size = query.shape[2], key.shape[2]
-    later = ~jnp.tri(*size, dtype=bool) if call.causal else jnp.zeros((1, 1), bool)
-    return later if hidden is None else hidden | later
-
-
-def _weights(
-    query: Array, key: Array, mask: Array | None, seed: Array | None, call: Call
-) -> tuple[Array, Array | float]:
-    """All weights of a query, and what dropout multiplies them by."""
-    scores = call.scale * jnp.einsum("bhqd,bhkd->bhqk", query, key)
-    hidden = None
-    if mask is not None and mask.dtype == bool:
-        hidden = ~mask
-    elif mask is not None:
-        scores = scores + mask
-    scores = jnp.where(_hidden(hidden, query, key, call), -jnp.inf, scores)
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(largest == -jnp.inf, 0.0, largest))
-    total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1.0, total)
-    if seed is None:
-        return weights, 1.0
-    *rows, columns = weights.shape
-    kept = dropout_scale(call.dropout, (seed[0], seed[1]), rows[0] * rows[1] * rows[2], columns)
-    return weights, kept.reshape(weights.shape).astype(weights.dtype)
+def _visible(query: Array, key: Array, mask: Array | None, call: Call) -> Array | None:
+    """Which keys a query sees; None: all."""
+    visible = None
+    if mask is not None:
+        visible = mask if mask.dtype == bool else mask != -jnp.inf
+    if call.causal:
+        earlier = jnp.tri(query.shape[2], key.shape[2], dtype=bool)[None, None]
+        visible = earlier if visible is None else visible & earlier
+    return visible
 
 
 def _widened(array: Array, heads: int) -> Array:
-    """In the dtype of the computation, with a key head for each head."""
+    """In the dtype of the computation, with a key head for each head, as (batch * heads, ...)."""
     array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    return jnp.repeat(array, heads // array.shape[1], 1)
+    array = jnp.repeat(array, heads // array.shape[1], 1)
+    return array.reshape(-1, *array.shape[2:])
 
 
 def _precision(dtype: Any) -> AbstractContextManager[None]:
@@ -249,11 +234,24 @@ def _precision(dtype: Any) -> AbstractContextManager[None]:
 def _spelled_out(
     query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, call: Call
 ) -> Array:
-    """The op with all scores in memory."""
-    q, k, v = (_widened(array, query.shape[1]) for array in (query, key, value))
+    """The op with all scores in memory. One batch axis, and a scale that the scores do not wait
+    for, keep XLA from copying them on a CPU."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    q, k, v = (_widened(array, heads) for array in (query, key, value))
+    visible = _visible(query, key, mask, call)
     with _precision(query.dtype):
-        weights, kept = _weights(q, k, mask, seed, call)
-        return jnp.einsum("bhqk,bhkd->bhqd", weights * kept, v).astype(query.dtype)
+        scores = jnp.einsum("bqd,bkd->bqk", call.scale * q, k)
+        if visible is not None:
+            scores = scores.reshape(batch, heads, queries, keys)
+        if mask is not None and mask.dtype != bool:
+            scores = scores + mask
+        weights = jax.nn.softmax(scores, where=visible).reshape(-1, queries, keys)
+        if seed is not None:
+            rows = batch * heads * queries
+            kept = dropout_scale(call.dropout, (seed[0], seed[1]), rows, keys)
+            weights = weights * kept.reshape(weights.shape).astype(weights.dtype)
+        return jnp.einsum("bqk,bkd->bqd", weights, v).reshape(query.shape).astype(query.dtype)
 
 
 @partial(jax.jit, static_argnames="call")

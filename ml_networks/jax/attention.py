@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ml_networks._compat import checked_keywords
@@ -58,12 +61,13 @@ class _Attention(nnx.Module):
                 f"{type(self).__name__} cuts its input into patches of {self.patch_size}, which "
                 f"does not divide {x.shape[2:]}; pad to a multiple of {self.patch_size}"
             )
-        folded = pixel_unshuffle(self.qkv(x), self.patch_size, self.sides)
-        batch, _, *sides = folded.shape
+        # Channels last, as convolutions have them inside.
+        folded = jnp.moveaxis(pixel_unshuffle(self.qkv(x), self.patch_size, self.sides), 1, -1)
+        batch, *sides, _ = folded.shape
         # The channels are ordered (head, query | key | value, channel of that head).
-        heads = folded.reshape(batch, self.n_heads, 3, -1, folded[0, 0].size)
-        mixed = attention(*heads.transpose(2, 0, 1, 4, 3))
-        mixed = mixed.swapaxes(2, 3).reshape(batch, -1, *sides)
+        heads = folded.reshape(batch, math.prod(sides), self.n_heads, -1)
+        mixed = attention(*(part.swapaxes(1, 2) for part in jnp.split(heads, 3, -1)))
+        mixed = jnp.moveaxis(mixed.swapaxes(1, 2).reshape(batch, *sides, -1), -1, 1)
         return x + self.proj_out(pixel_shuffle(mixed, self.patch_size, self.sides))
 
 

@@ -20,6 +20,7 @@ from ml_networks.kernels.core.errors import (  # noqa: E402
     UnknownNameError,
     UnsupportedImplementationError,
 )
+from ml_networks.kernels.core.problem import Problem  # noqa: E402
 from ml_networks.kernels.jax import attention  # noqa: E402
 
 NAMES = ("query", "key", "value")
@@ -85,6 +86,22 @@ def test_rows_without_keys_are_zero(implementation: str) -> None:
     assert (found[0][:, :, [2, 4]] == 0).all()
     assert (found[1][:, :, [2, 4]] == 0).all()
     assert_close(found, expected(inputs, mask, causal=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_accelerators_run_says_the_same(masked: bool, causal: bool) -> None:
+    inputs = arrays(2, 4, 6, 8, keys=9, key_heads=2)
+    mask = np.random.default_rng(1).standard_normal((1, 1, 6, 9)).astype(np.float32)
+    mask = np.where(mask < 0, -np.inf, mask)
+    mask[:, :, 3] = -np.inf
+    given = jnp.asarray(mask) if masked else None
+    problem = Problem(spec.NAME, (), "float32", ())
+    call = jax_op.Call(problem, causal, 0.3, 0.0, None)
+    output, pull = jax.vjp(lambda *qkv: jax_op._by_jax(*qkv, given, call), *inputs)
+    wave = jnp.sin(jnp.arange(output.size)).reshape(output.shape)
+    exact = expected(inputs, mask if masked else None, causal=causal, scale=0.3)
+    assert_close([output, *pull(wave)], exact)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
