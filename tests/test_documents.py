@@ -66,7 +66,7 @@ def expected_output(block: Block) -> list[str] | None:
 
 
 def needs(text: str) -> list[str]:
-    """The optional packages that a page's blocks import."""
+    """The optional packages that a page's Python blocks import, files among them."""
     names = re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)
     if re.search(r"ml_networks(?:\.kernels)?\.jax", text):
         names.append("jax")
@@ -76,8 +76,9 @@ def needs(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = blocks_of(page)
-    code = [block for block in blocks if block.language == "python" and not title_of(block)]
-    for package in needs("\n".join(block.text for block in code)):
+    python = [block for block in blocks if block.language == "python"]
+    code = [block for block in python if not title_of(block)]
+    for package in needs("\n".join(block.text for block in python)):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
