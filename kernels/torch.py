@@ -14,6 +14,7 @@ from .neuron_level_model.torch_op import (
     neuron_level_model_weight_gradient,
 )
 from .norm_activation.torch_op import norm_activation
+from .norm_activation_shuffle.torch_op import norm_activation_shuffle
 
 __all__ = [
     "BinarySphericalCodes",
@@ -27,4 +28,5 @@ __all__ = [
     "neuron_level_model_trace_gradient",
     "neuron_level_model_weight_gradient",
     "norm_activation",
+    "norm_activation_shuffle",
 ]

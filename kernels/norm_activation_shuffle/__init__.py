@@ -1,0 +1,1 @@
+"""Everything after a convolution: norm, pixel (un)shuffle, activation, dropout, residual, FiLM."""
