@@ -201,6 +201,15 @@ def search_space(problem: Problem, device: Device, implementation: str) -> list[
     ]
 
 
+def fit(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> bool:
+    """Whether the shapes fit together, without the price of finding what is wrong."""
+    if key != value or not len(query) == len(key) == 4:
+        return False
+    batch, heads, _, width = query
+    others, shared, _, same = key
+    return batch == others and same == width > 0 and shared > 0 and not heads % shared
+
+
 def check_arguments(
     query: tuple[int, ...],
     key: tuple[int, ...],
@@ -208,11 +217,8 @@ def check_arguments(
     mask: tuple[int, ...] | None,
 ) -> None:
     """Raise ValueError, naming the argument, for shapes that no implementation takes."""
-    if mask is None and len(query) == len(key) == 4 and key == value:
-        # What nearly every call is, without the price of finding what is wrong.
-        fits = query[0] == key[0] and query[3] == key[3] >= 1
-        if fits and key[1] and not query[1] % key[1]:
-            return
+    if mask is None and fit(query, key, value):
+        return
     query, key, value = tuple(query), tuple(key), tuple(value)
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) != 4:

@@ -107,6 +107,17 @@ def attention(
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762; computed by tiles as in Dao, Fu,
     Ermon, Rudra, Ré, "FlashAttention", arXiv 2205.14135.
     """
+    if (
+        mask is None
+        and not dropout
+        and query.is_cpu
+        and not torch.compiler.is_compiling()
+        and not usage.recording()
+        and not dispatch.is_overridden(BINDING, implementation)
+    ):
+        output = _at_once(query, key, value, causal, scale)
+        if output is not None:
+            return output
     shape = None if mask is None else mask.shape
     spec.check_arguments(query.shape, key.shape, value.shape, shape)
     kind = query.device.type
@@ -144,6 +155,27 @@ def attention(
         output: Tensor = _Attention.apply(*tensors, options, decision, implementation)[0]
         return output
     return _fused(*tensors, options, decision)[0]
+
+
+def _at_once(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> Tensor | None:
+    """The framework's function without a look at what it checks itself; None where something is
+    wrong, or is to be prepared first."""
+    shape = query.shape
+    if not spec.fit(shape, key.shape, value.shape) or shape[1] != key.shape[1]:
+        return None
+    whole = query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
+    if not whole and _channels_first(query, key, value):
+        return None
+    try:
+        if causal or scale is not None:
+            return F.scaled_dot_product_attention(
+                query, key, value, None, 0.0, causal, scale=scale
+            )
+        return F.scaled_dot_product_attention(query, key, value)
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

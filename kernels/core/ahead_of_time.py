@@ -115,11 +115,14 @@ def _read_nvidia(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _read_amd(assembly: str) -> tuple[int, int, int]:
+    """Registers, bytes of scratch and matrix instructions. Scalar registers that do not fit are
+    kept in lanes of vector registers, which count them: nothing goes to memory."""
+
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    spilled = max(4 * number("vgpr_spill_count"), number("private_segment_fixed_size"))
     return number("vgpr_count"), spilled, len(_TENSOR_CORE.findall(assembly))
 
 

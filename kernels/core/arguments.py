@@ -21,25 +21,26 @@ def torch_tensors(tensors: Mapping[str, torch.Tensor | None]) -> list[Any]:
     """
     import torch
 
-    given = {name: value for name, value in tensors.items() if value is not None}
-    for name, value in given.items():
+    values = list(tensors.values())
+    dtypes: dict[torch.dtype, str] = {}
+    for name, value in tensors.items():
+        if value is None or (isinstance(value, torch.Tensor) and value.dtype in dtypes):
+            continue
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             got = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    first, reference = next(iter(given.items()))
-    kind = reference.device.type
+        dtypes[value.dtype] = name
+    kind = next(value.device.type for value in values if value is not None)
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return [
             value if value is None or value.dtype == torch.float64 else value.to(dtype)
-            for value in tensors.values()
+            for value in values
         ]
-    for name, value in given.items():
-        if value.dtype != reference.dtype:
-            raise TypeError(
-                f"{name} is {value.dtype} and {first} is {reference.dtype}; convert one of them"
-            )
-    return list(tensors.values())
+    if len(dtypes) > 1:
+        (dtype, first), (other, name), *_ = dtypes.items()
+        raise TypeError(f"{name} is {other} and {first} is {dtype}; convert one of them")
+    return values
 
 
 def plain_vjp(

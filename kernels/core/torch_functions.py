@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,15 @@ def dropout_scale(
     z = z ^ z >> 14
     kept = (z >> 8) >= counter.threshold(dropout)
     return kept.to(dtype) / (1.0 - dropout)
+
+
+_NOTHING = nullcontext()
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where ``tensor`` is, for code that keeps to its own dtypes; free where autocast is off."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def transformed(*tensors: Tensor | None) -> bool:

@@ -106,6 +106,8 @@ def hyper_lora_linear(
     }
     tensors = dict(zip(named, torch_tensors(named), strict=True))
     spec.check_shapes({name: t if t is None else t.shape for name, t in named.items()})
+    if x.ndim == 2:
+        return _run(list(tensors.values()), float(scale), implementation)
     count = x.shape[:-1].numel()
     tensors["x"] = tensors["x"].reshape(count, x.shape[-1])
     tensors["context"] = tensors["context"].reshape(count, context.shape[-1])
@@ -115,7 +117,7 @@ def hyper_lora_linear(
 
 def _run(tensors: list[Any], scale: float, implementation: str | None) -> Tensor:
     rows, weight, _, context, *_, v_bias = tensors
-    on_cpu = rows.device.type == "cpu"
+    on_cpu = rows.is_cpu
     if torch.compiler.is_compiling():
         # The custom op decides at run time: a new shape then changes no traced code.
         plain = implementation == "torch" or (on_cpu and implementation is None)

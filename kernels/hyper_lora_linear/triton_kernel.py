@@ -88,8 +88,8 @@ def forward_kernel(
     i = tl.arange(0, RANKS * CONTEXTS)
     r = i // CONTEXTS
     of_pair = i % CONTEXTS
-    is_pair = (r < rank) & (of_pair < features)
-    is_bias = (r < rank) & (of_pair == features)
+    is_bias = of_pair == features
+    is_real = (r < rank) & (of_pair <= features)
     in_rows = row < rows
     in_columns = column < columns
     element = y.dtype.element_ty
@@ -113,14 +113,15 @@ def forward_kernel(
         total = dot(left, right, total, PRECISION, UPCAST)
         line = (k * rank)[:, None] + r[None, :]
         thin = tl.load(
-            v_weight + line * features + of_pair[None, :],
-            mask=in_depth[:, None] & is_pair[None, :],
+            tl.where(
+                is_bias[None, :], v_bias + line, v_weight + line * features + of_pair[None, :]
+            ),
+            mask=in_depth[:, None] & is_real[None, :],
             other=0.0,
         )
-        thin += tl.load(v_bias + line, mask=in_depth[:, None] & is_bias[None, :], other=0.0)
         wide = dot(left, thin, wide, PRECISION, UPCAST)
 
-    real = in_rows[:, None] & (is_pair | is_bias)[None, :]
+    real = in_rows[:, None] & is_real[None, :]
     if SAVE & (column_tile == 0):
         line = (row * rank)[:, None] + r[None, :]
         tl.store(p + line * (features + 1) + of_pair[None, :], wide.to(element), mask=real)
@@ -134,12 +135,11 @@ def forward_kernel(
     q = tl.reshape(low[:, :, None] * c[:, None, :], (BLOCK_ROWS, RANKS * CONTEXTS))
     q = tl.where(real, q, 0.0)
     line = (column * rank)[None, :] + r[:, None]
+    real = is_real[:, None] & in_columns[None, :]
     thin = tl.load(
-        u_weight + line * features + of_pair[:, None],
-        mask=is_pair[:, None] & in_columns[None, :],
-        other=0.0,
+        u_weight + line * features + of_pair[:, None], mask=real & ~is_bias[:, None], other=0.0
     )
-    thin += tl.load(u_bias + line, mask=is_bias[:, None] & in_columns[None, :], other=0.0)
+    thin += tl.load(u_bias + line, mask=real & is_bias[:, None], other=0.0)
     total = dot(q.to(element), thin, total, PRECISION, UPCAST)
     if BIAS:
         total += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -183,9 +183,8 @@ def gradient_kernel(
     i = tl.arange(0, RANKS * CONTEXTS)
     r = i // CONTEXTS
     of_pair = i % CONTEXTS
-    is_pair = (r < rank) & (of_pair < features)
-    is_bias = (r < rank) & (of_pair == features)
-    is_real = is_pair | is_bias
+    is_bias = of_pair == features
+    is_real = (r < rank) & (of_pair <= features)
     j = tl.arange(0, CONTEXTS)
     element = dp.dtype.element_ty
     width = rank * (features + 1)
@@ -213,16 +212,19 @@ def gradient_kernel(
                 other=0.0,
             )
             line = (column * rank)[:, None] + r[None, :]
+            mask = in_columns[:, None] & is_real[None, :]
             thin = tl.load(
-                u_weight + line * features + of_pair[None, :],
-                mask=in_columns[:, None] & is_pair[None, :],
+                tl.where(
+                    is_bias[None, :], u_bias + line, u_weight + line * features + of_pair[None, :]
+                ),
+                mask=mask,
                 other=0.0,
             )
-            thin += tl.load(u_bias + line, mask=in_columns[:, None] & is_bias[None, :], other=0.0)
             dq = dot(d, thin, dq, PRECISION, UPCAST)
-            mask = in_columns[:, None] & is_real[None, :]
             place = du + ((chunk * columns + column) * width)[:, None] + at[None, :]
-            before = tl.load(place, mask=mask & (tile > 0), other=0.0)
+            before = tl.zeros([BLOCK_COLUMNS, RANKS * CONTEXTS], tl.float32)
+            if tile > 0:
+                before = tl.load(place, mask=mask, other=0.0)
             tl.store(place, dot(tl.trans(d), q, before, PRECISION, UPCAST), mask=mask)
         # An infinite dy makes NaN of the zeros beyond the real width.
         dq = tl.where(real, dq, 0.0)

@@ -132,7 +132,7 @@ Options = tuple[str, bool, str, float, float]
 def _takes_plain_path(
     x: Tensor, weight: Tensor, options: Options, residual: bool, implementation: str | None
 ) -> bool:
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.is_cpu
     if torch.compiler.is_compiling():
         # The custom op decides at run time, so that a new number of rows changes no traced code;
         # a layer too wide for the kernel is wide for any.
@@ -185,7 +185,7 @@ def _plain(
     """The framework's linear layer and `norm_activation`, whose implementation is its own affair
     unless plain torch was asked for."""
     own = "torch" if implementation == "torch" else None
-    with torch.autocast(x.device.type, enabled=False):
+    with torch_functions.without_autocast(x):
         z = _linear_result(x, weight, bias, norm_weight, norm_bias, norm, norm_first, eps, own)
         options = norm, norm_first, activation, eps, dropout
         return _tail(z, norm_weight, norm_bias, residual, seed, *options, own)

@@ -144,8 +144,6 @@ def _against_fusing(problem: Problem, device: Device) -> str | None:
         return f"{problem['rows']} rows an adapter leave a tile of 16 mostly empty"
     if problem.direction == "backward" and rows < SMALLEST_PASS:
         return f"one pass over {rows} rows fills few processors"
-    if device.platform == "hip" and problem.dtype == "float32":
-        return "without TF32 the float32 pass over the gradient spills on this chip"
     return None
 
 
@@ -161,6 +159,8 @@ def _config(problem: Problem, device: Device) -> Config:
     if device.platform == "tpu":
         return Config(128, 128, 128, pass_columns=128)
     if problem.dtype == "float32":
+        if device.platform == "hip":
+            return Config(block_depth=32, num_stages=1, pass_columns=16)
         blackwell = device.platform == "cuda" and device.capability >= (10, 0)
         return Config(block_depth=32, num_warps=4 if blackwell else 8, pass_columns=16)
     return Config()

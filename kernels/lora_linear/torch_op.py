@@ -83,12 +83,12 @@ def lora_linear(
     x, weight, bias, u, v, gate = tensors
     shapes = (None if tensor is None else tensor.shape for tensor in tensors)
     gate_shape = spec.check_shapes(*shapes)  # type: ignore[arg-type]
-    if gate is not None and gate_shape is not None:
+    if gate is not None and gate_shape is not None and gate.shape != gate_shape:
         gate = gate.reshape(gate_shape)
     samples = x.shape[0] if x.ndim > 1 else 1
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = _run(rows, weight, bias, u, v, gate, samples, float(scale), implementation)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _run(
@@ -102,7 +102,7 @@ def _run(
     scale: float,
     implementation: str | None,
 ) -> Tensor:
-    on_cpu = rows.device.type == "cpu"
+    on_cpu = rows.is_cpu
     if torch.compiler.is_compiling():
         # The custom op decides at run time: a new shape then changes no traced code.
         plain = implementation == "torch" or (on_cpu and implementation is None)
@@ -160,6 +160,9 @@ def _plain(
 ) -> Tensor:
     """The op in ordinary torch operations, differentiable any number of times."""
     y = functional.linear(rows, weight, bias)
+    if u.ndim == v.ndim == 2 and (gate is None or gate.shape[0] == 1):
+        t = rows @ v
+        return torch.addmm(y, t if gate is None else t * gate, u.mT, alpha=scale)
     t = _by_sample(rows, samples) @ v
     if gate is not None:
         t = t * gate.unsqueeze(1)

@@ -127,7 +127,7 @@ Options = tuple[str, str, float, float]
 def _takes_plain_path(
     x: Tensor, width: int, residual: Tensor | None, options: Options, implementation: str | None
 ) -> bool:
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.is_cpu
     if torch.compiler.is_compiling():
         # The custom op decides at run time: a new shape then changes no traced code.
         return implementation == "torch" or (on_cpu and implementation is None)
@@ -166,9 +166,11 @@ def _plain(
     dropout: float,
 ) -> Tensor:
     """The op in ordinary torch operations, differentiable any number of times."""
-    with torch.autocast(x.device.type, enabled=False):
-        weight = None if weight is None else weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
+    with torch_functions.without_autocast(x):
+        if weight is not None and weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         y = _normalized(x, weight, bias, norm, eps)
         y = torch_functions.apply(activation, y)
         if dropout and seed is None:

@@ -291,7 +291,7 @@ def test_the_choice_says_why() -> None:
     own = choice("lora_linear", 256, 1, 512, 512, 8, flags={"per_sample": True})
     assert own == ("triton", "u and v are read once")
     assert choice("hyper_lora_linear", 64, 1024, 880, 8, 8)[0] == "triton"
-    assert "spills" in choice("hyper_lora_linear", 64, 1024, 880, 8, 8, target="gfx942")[1]
+    assert choice("hyper_lora_linear", 64, 1024, 880, 8, 8, target="gfx942")[0] == "triton"
     for op, dims in (
         ("lora_linear", (1, 8, 64, 64, 129)),
         ("hyper_lora_linear", (8, 64, 64, 32, 8)),
