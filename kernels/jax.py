@@ -8,7 +8,10 @@ from .focal_frequency_loss.jax_op import focal_frequency_loss
 from .hyper_lora_linear.jax_op import hyper_lora_linear
 from .linear_norm_activation.jax_op import linear_norm_activation
 from .lora_linear.jax_op import lora_linear
+from .neuron_level_model.jax_op import neuron_level_model
 from .norm_activation.jax_op import norm_activation
+from .norm_activation_shuffle.jax_op import norm_activation_shuffle
+from .synchronisation.jax_op import synchronisation
 
 __all__ = [
     "BinarySphericalCodes",
@@ -18,5 +21,8 @@ __all__ = [
     "hyper_lora_linear",
     "linear_norm_activation",
     "lora_linear",
+    "neuron_level_model",
     "norm_activation",
+    "norm_activation_shuffle",
+    "synchronisation",
 ]

@@ -15,6 +15,7 @@ from .neuron_level_model.torch_op import (
 )
 from .norm_activation.torch_op import norm_activation
 from .norm_activation_shuffle.torch_op import norm_activation_shuffle
+from .synchronisation.torch_op import synchronisation
 
 __all__ = [
     "BinarySphericalCodes",
@@ -29,4 +30,5 @@ __all__ = [
     "neuron_level_model_weight_gradient",
     "norm_activation",
     "norm_activation_shuffle",
+    "synchronisation",
 ]

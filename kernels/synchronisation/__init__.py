@@ -1,0 +1,1 @@
+"""Synchronisation of pairs of neurons over time."""
