@@ -292,6 +292,8 @@ _CLASSES: dict[str, type[nnx.Module]] = {
     "SwiGLU": SwiGLU,
     "TanhExp": TanhExp,
 }
+_SOFTMAXES = ("LogSoftmax", "Softmax", "Softmin")
+_NOT_ELEMENTWISE = (*_SOFTMAXES, "GLU", "L2Norm", "PReLU", "SiGLU", "Softmax2d", "SwiGLU")
 
 
 class Activation(nnx.Module):
@@ -327,7 +329,7 @@ class Activation(nnx.Module):
         function: Callable[[Array], Array] | None = None
         if activation in _FUNCTIONS:
             function = _FUNCTIONS[activation]
-            if activation in ("GLU", "Softmax", "Softmin", "LogSoftmax"):
+            if activation in ("GLU", *_SOFTMAXES):
                 kwargs["dim"] = dim
             if kwargs or activation == "Threshold":
                 inspect.signature(function).bind(None, **kwargs)
@@ -345,9 +347,16 @@ class Activation(nnx.Module):
             )
         self._module = module
         self._function = function
+        self._channels = -1 if activation in _NOT_ELEMENTWISE else dim
 
     def __call__(self, x: Array) -> Array:
         """Apply the activation."""
+        if self._channels == -1 or not -x.ndim <= self._channels < x.ndim:
+            return self._apply(x)
+        # In the order that convolutions have inside, see `primitives.with_channels_last`.
+        return jnp.moveaxis(self._apply(jnp.moveaxis(x, self._channels, -1)), -1, self._channels)
+
+    def _apply(self, x: Array) -> Array:
         if self._module is not None:
             return self._module(x)
         assert self._function is not None

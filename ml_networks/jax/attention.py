@@ -11,7 +11,7 @@ from flax import nnx
 from ml_networks._compat import checked_keywords
 from ml_networks._geometry import attention_heads
 from ml_networks.config import AttentionConfig
-from ml_networks.jax.primitives import Conv, pixel_shuffle, pixel_unshuffle
+from ml_networks.jax.primitives import Conv, pixel_shuffle, pixel_unshuffle, with_channels_last
 from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.kernels.jax import attention
 
@@ -68,7 +68,8 @@ class _Attention(nnx.Module):
         heads = folded.reshape(batch, math.prod(sides), self.n_heads, -1)
         mixed = attention(*(part.swapaxes(1, 2) for part in jnp.split(heads, 3, -1)))
         mixed = jnp.moveaxis(mixed.swapaxes(1, 2).reshape(batch, *sides, -1), -1, 1)
-        return x + self.proj_out(pixel_shuffle(mixed, self.patch_size, self.sides))
+        mixed = self.proj_out(pixel_shuffle(mixed, self.patch_size, self.sides))
+        return with_channels_last(jnp.add, x, mixed)
 
 
 @checked_keywords(in_channels="channels")

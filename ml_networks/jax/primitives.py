@@ -8,7 +8,7 @@ unbiased running variance) and keep Flax's parameter names and layouts: ``kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -200,13 +200,18 @@ def check_channels(owner: str, x: jax.Array, channels: int, sides: int) -> None:
 
 
 # Inside, channels are last: XLA convolves so on a CPU. The moves in and out of neighbouring layers
-# cancel when compiled, as long as every layer that is more than elementwise makes them.
+# cancel when compiled, as long as everything between convolutions makes them.
 def _channels_last(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 1, -1)
 
 
 def _channels_first(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, -1, 1)
+
+
+def with_channels_last(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Apply to arrays (batch, channels, *sides) what works on (batch, *sides, channels)."""
+    return _channels_first(function(*map(_channels_last, arrays)))
 
 
 def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:

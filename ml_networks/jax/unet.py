@@ -27,6 +27,7 @@ from ml_networks.jax.primitives import (
     Linear,
     pixel_shuffle,
     pixel_unshuffle,
+    with_channels_last,
 )
 from ml_networks.jax.rngs import RngsLike, as_rngs
 
@@ -200,13 +201,16 @@ class _ConditionalResidualBlock(nnx.Module):
     def __call__(self, x: Array, cond: Array) -> Array:
         """Map (batch, in_channels, *sides), (batch, cond_dim) to (batch, out_channels, *sides)."""
         code = self.cond_linear(cond)
-        hidden, code = self.first_conv(x), code.reshape(*code.shape, *[1] * self.sides)
-        if self.cond_predict_scale:
-            scale, bias = jnp.split(code, 2, 1)
-            hidden = scale * hidden + bias
-        else:
-            hidden = hidden + code
-        return self.last_conv(hidden) + self.residual_conv(x)
+        code = code.reshape(len(code), *[1] * self.sides, -1)
+
+        def steered(hidden: Array) -> Array:
+            if self.cond_predict_scale:
+                scale, bias = jnp.split(code, 2, -1)
+                return scale * hidden + bias
+            return hidden + code
+
+        hidden = with_channels_last(steered, self.first_conv(x))
+        return with_channels_last(jnp.add, self.last_conv(hidden), self.residual_conv(x))
 
 
 @checked_keywords(cond_pred_scale="cond_predict_scale")
@@ -289,7 +293,7 @@ class _HyperConditionalResidualBlock(nnx.Module):
             if layer.conv.bias is not None:
                 bias = layer.conv.bias[...] + bias
             x = layer.through(partial(_per_sample, layer.conv, kernel, bias), x)
-        return x + shortcut
+        return with_channels_last(jnp.add, x, shortcut)
 
 
 def _per_sample(conv: Conv, kernel: Array, bias: Array | None, x: Array) -> Array:
@@ -445,7 +449,8 @@ class _ConditionalUnet(BaseModule):
             skips.append(skip)
         x, _ = _through_level(self.mid_modules, x, cond)
         for level in self.up_modules:
-            _, x = _through_level(level, jnp.concatenate((x, skips.pop()), 1), cond)
+            x = with_channels_last(lambda *maps: jnp.concatenate(maps, -1), x, skips.pop())
+            _, x = _through_level(level, x, cond)
         return self.final_conv2(self.final_conv1(x)).reshape(base.shape)
 
 
