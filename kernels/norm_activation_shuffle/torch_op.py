@@ -636,9 +636,9 @@ def _second_gradient(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
     options = Options(*ctx.options[:-1])
     moments = (mean, var) if options.norm == "given" else (None, None)
 
-    def output(*values: Tensor | None) -> Sequence[Tensor]:
-        x: Any = values[0]
-        return [_plain(x, *values[1:], *moments, seed, options)]
+    def output(*values: Any) -> Sequence[Tensor]:
+        arguments: Any = *values, *moments, seed, options
+        return [_plain(*arguments)]
 
     def gradients(*values: Any) -> Sequence[Tensor]:
         found = plain_vjp(output, values[:-1], values[-1:])

@@ -774,13 +774,13 @@ def _moments(
     )
     blocks = _blocks(constants)
     programs, tiles, splits = _chunks(batch, blocks, per_sample, device.processors)
-    exact = {"dtype": torch.float32, "device": x.device}
-    partials = torch.empty((3, programs, channels), **exact)
+    partials = torch.empty((3, programs, channels), dtype=torch.float32, device=x.device)
     statistics_kernel[(programs, blocks[0])](
         x, partials, batch, tiles, splits, x.stride(0), **constants, num_warps=config.num_warps
     )
     shape = (batch, options.num_groups) if per_sample else (channels,)
-    mean, var = torch.empty(shape, **exact), torch.empty(shape, **exact)
+    mean = torch.empty(shape, dtype=torch.float32, device=x.device)
+    var = torch.empty_like(mean)
     constants = _combine_constants(channels, options.num_groups, per_sample)
     combine_kernel[(triton.cdiv(mean.numel(), _COMBINED_ROWS),)](
         partials,
@@ -809,7 +809,9 @@ def _flags(weight: Any, bias: Any, residual: Any, film: Any, options: Options) -
 
 def _constants_of(x: torch.Tensor, options: Options, config: Config) -> dict[str, Any]:
     return _constants(
-        *x.shape[1:],
+        x.shape[1],
+        x.shape[2],
+        x.shape[3],
         config,
         norm=options.norm,
         num_groups=options.num_groups,
