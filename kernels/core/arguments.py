@@ -31,7 +31,7 @@ def torch_tensors(tensors: Mapping[str, torch.Tensor | None]) -> list[Any]:
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
         dtypes[value.dtype] = name
     kind = next(value.device.type for value in values if value is not None)
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return [
             value if value is None or value.dtype == torch.float64 else value.to(dtype)
