@@ -438,7 +438,7 @@ def _lower_this(
         outputs = binding.call({**inputs, **values}, flags, "pallas")
         return {k: v for k, v in outputs.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
-    wanted = {name: inputs[name] for name in binding.differentiable}
+    wanted = {name: inputs[name] for name in binding.wanted(inputs)}
     if not training:
         return floating(wanted)
     outputs, pull = jax.vjp(floating, wanted)

@@ -69,7 +69,7 @@ class Workload:
             what = lambda values: self.binding.call(values, flags, name)  # noqa: E731
         if not self.training:
             return what(inputs), {}
-        return self.side.gradients(what, inputs, cotangents, self.binding.differentiable)
+        return self.side.gradients(what, inputs, cotangents, self.binding.wanted(inputs))
 
     def run(self, what: Call | str | None) -> Arrays:
         """The gradients in training, else the outputs, of ``what``: an implementation by name,
@@ -104,7 +104,7 @@ class Workload:
             return self.op.reference.forward(inputs, **self._flags)
         cotangents = {name: self.side.to_numpy(value) for name, value in self.cotangents.items()}
         gradients = self.op.reference.backward(inputs, cotangents, **self._flags)
-        return {name: gradients[name] for name in self.binding.differentiable}
+        return {name: gradients[name] for name in self.binding.wanted(inputs)}
 
     def errors(self, results: Arrays) -> dict[str, float]:
         """How far ``results`` of `run` are from the float64 reference, per array."""

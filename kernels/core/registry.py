@@ -59,7 +59,8 @@ class Binding:
 
     ``implementations[0]`` is the plain framework path. ``call(inputs, flags, implementation)``
     goes through the public function: tests, tuning and benchmarks see what a user sees.
-    ``differentiable`` names the inputs that get a gradient; ``kernel_module`` holds the kernels.
+    ``differentiable`` names the inputs that get a gradient, of which a case may lack some;
+    ``kernel_module`` holds the kernels.
     """
 
     op: str
@@ -73,6 +74,10 @@ class Binding:
     def plain(self) -> str:
         """The name of the plain framework path."""
         return self.implementations[0]
+
+    def wanted(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which of ``inputs`` get a gradient."""
+        return tuple(name for name in self.differentiable if name in inputs)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The neuron-level model in NumPy float64: the meaning of the op.
 
-For every row and neuron, with the neuron's own weights:
+For every row and neuron, with x its values along the history and the neuron's own weights:
 
     (a, g) = x W1 + b1        h = a sigmoid(g)
     (v, u) = h W2 + b2        z = v sigmoid(u)
@@ -21,12 +21,12 @@ Array = NDArray[Any]
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, Array]:
-    """Traces and weights whose hidden layer and result are of order 1."""
+    """A history as a loop keeps it, time first, and weights; all layers of order 1."""
     generator = np.random.default_rng(seed)
     rows, neurons, memory, hidden = case.dims.values()
     width = hidden or 1
     inputs = {
-        "trace": generator.standard_normal((rows, neurons, memory)),
+        "history": generator.standard_normal((memory, rows, neurons)),
         "weight1": generator.standard_normal((neurons, memory, 2 * width)) / np.sqrt(memory),
         "bias1": 0.5 * generator.standard_normal((neurons, 2 * width)),
     }
@@ -60,7 +60,7 @@ def _layer_gradient(
 
 def forward(inputs: dict[str, Array]) -> dict[str, Array]:
     """``z``, (rows, neurons)."""
-    h = _layer(inputs["trace"], inputs["weight1"], inputs["bias1"])[2]
+    h = _layer(inputs["history"].transpose(1, 2, 0), inputs["weight1"], inputs["bias1"])[2]
     if "weight2" in inputs:
         h = _layer(h, inputs["weight2"], inputs["bias2"])[2]
     return {"z": h[..., 0]}
@@ -69,7 +69,10 @@ def forward(inputs: dict[str, Array]) -> dict[str, Array]:
 def backward(inputs: dict[str, Array], cotangents: dict[str, Array]) -> dict[str, Array]:
     """The gradients of all inputs for the cotangent of ``z``."""
     gradients = {}
-    x, of_h = inputs["trace"], np.asarray(cotangents["z"], np.float64)[..., None]
+    x, of_h = (
+        inputs["history"].transpose(1, 2, 0),
+        np.asarray(cotangents["z"], np.float64)[..., None],
+    )
     value, opened, h = _layer(x, inputs["weight1"], inputs["bias1"])
     if "weight2" in inputs:
         weight2 = inputs["weight2"]
@@ -77,7 +80,7 @@ def backward(inputs: dict[str, Array], cotangents: dict[str, Array]) -> dict[str
         of_h, gradients["weight2"], gradients["bias2"] = _layer_gradient(
             of_h, h, weight2, *outer[:2]
         )
-    gradients["trace"], gradients["weight1"], gradients["bias1"] = _layer_gradient(
+    of_x, gradients["weight1"], gradients["bias1"] = _layer_gradient(
         of_h, x, inputs["weight1"], value, opened
     )
-    return gradients
+    return {**gradients, "history": of_x.transpose(2, 0, 1)}

@@ -105,18 +105,32 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
         return Choice(plain or implementations[0], None, "no fused kernel can run here")
     if device.platform == "tpu" and plain is not None:
         return Choice(plain, None, "XLA batches the products of a TPU")
-    config = _config(problem, device)
+    config = _config(problem) if fused == "triton" else _pallas_config(problem)
     return Choice(fused, config, "one kernel, the hidden layer in registers")
 
 
-def _config(problem: Problem, device: Device) -> Config:
-    """A neuron for each warp, as the batched dot lays it out; eight are a sector of memory."""
-    hidden = min(padded(problem["hidden"]), max(1024 // padded(problem["memory"]), 16))
-    return Config(8, 16, hidden, 8)
+def _config(problem: Problem) -> Config:
+    """A neuron for each warp, as the batched dot lays it out; eight are a sector of memory. The
+    sums of the weights' gradients take as many registers as the weights."""
+    weights = 512 if problem.direction == "weight_gradient" else 1024
+    hidden = max(weights // padded(problem["memory"]), 16)
+    return Config(8, 16, min(hidden, padded(problem["hidden"])), 8)
+
+
+def _pallas_config(problem: Problem) -> Config:
+    """A neuron for each program, with all its hidden units."""
+    hidden = padded(problem["hidden"])
+    return Config(1, min(padded(problem["rows"]), 64), hidden, 4 if hidden > 16 else 1)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
     """Every config worth timing."""
+    if implementation == "pallas":
+        return [
+            Config(1, rows, padded(problem["hidden"]), warps)
+            for rows in (16, 32, 64, 128)
+            for warps in (1, 2, 4)
+        ]
     return [
         Config(neurons, rows, hidden, warps)
         for neurons in (4, 8, 16)

@@ -252,10 +252,8 @@ def _plain(
 
 def _layer_gradient(of_product: Tensor, layer: Tensor) -> Tensor:
     """The gradient of a layer's values and gates for that of their product."""
-    value, gate = layer.chunk(2, -1)
-    opened = torch.sigmoid(gate)
-    of_gate = of_product * value * opened * (1.0 - opened)
-    return torch.cat((of_product * opened, of_gate), -1)
+    gradient: Tensor = torch.ops.aten.glu_backward(of_product, layer, -1)
+    return gradient
 
 
 def _plain_gradients(
@@ -307,7 +305,7 @@ def _forward_op(
         from . import triton_kernel
 
         return triton_kernel.forward(
-            trace, *map(_contiguous, weights), decision.config, torch_device(trace.device)
+            trace, *_contiguous(*weights), decision.config, torch_device(trace.device)
         )
 
 
@@ -381,7 +379,7 @@ def _trace_gradient(
             return
         from . import triton_kernel
 
-        tensors = of_z, trace, *map(_contiguous, weights)
+        tensors = of_z, trace, *_contiguous(*weights)
         device = torch_device(trace.device)
         triton_kernel.trace_gradient(into, add, *tensors, decision.config, device)
 
@@ -403,7 +401,7 @@ def _weight_op(
             return _plain_weight_gradient(of_z, trace, *weights)
         from . import triton_kernel
 
-        tensors = of_z, trace, *map(_contiguous, weights)
+        tensors = of_z, trace, *_contiguous(*weights)
         return triton_kernel.weight_gradient(*tensors, decision.config, torch_device(trace.device))
 
 
@@ -423,8 +421,12 @@ def _(
     return like(weight1), like(bias1), like(weight2), like(bias2)
 
 
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
+def _contiguous(
+    weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if weight2 is None or bias2 is None:
+        return weight1.contiguous(), bias1.contiguous(), None, None
+    return weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2.contiguous()
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -472,7 +474,10 @@ _weight_op.register_autograd(_weight_second, setup_context=_setup_gradient)
 def _call(
     inputs: Mapping[str, Tensor], flags: Mapping[str, Any], implementation: str | None
 ) -> dict[str, Tensor]:
-    return {"z": neuron_level_model(**inputs, implementation=implementation)}
+    weights: dict[str, Any] = dict(inputs)
+    history = weights.pop("history")
+    trace = history.permute(1, 2, 0)
+    return {"z": neuron_level_model(trace, **weights, implementation=implementation)}
 
 
 BINDING = Binding(
@@ -480,6 +485,6 @@ BINDING = Binding(
     framework="torch",
     implementations=("torch", "triton"),
     call=_call,
-    differentiable=("trace", "weight1", "bias1", "weight2", "bias2"),
+    differentiable=("history", "weight1", "bias1", "weight2", "bias2"),
     kernel_module="triton_kernel",
 )

@@ -115,7 +115,7 @@ def _call_and_pull(binding: registry.Binding, flags: dict, inputs: dict) -> obje
         outputs = binding.call({**inputs, **values}, flags, "pallas")
         return {k: v for k, v in outputs.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
-    outputs, pull = jax.vjp(floating, {name: inputs[name] for name in binding.differentiable})
+    outputs, pull = jax.vjp(floating, {name: inputs[name] for name in binding.wanted(inputs)})
     return outputs, pull(jax.tree.map(jnp.ones_like, outputs))
 
 
