@@ -28,6 +28,7 @@ from ml_networks.kernels.core.errors import KernelError, unknown_name
 from ml_networks.kernels.core.problem import DTYPES, Problem
 
 if TYPE_CHECKING:
+    from ml_networks.kernels.core.ahead_of_time import Resources
     from ml_networks.kernels.core.device import Device
     from ml_networks.kernels.core.registry import Binding, Framework, Op
 
@@ -326,13 +327,21 @@ def inspect(
     case: Annotated[str | None, typer.Option(help="One of the op's cases by id.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
     framework: InFramework = "torch",
+    machine_code: Annotated[
+        bool,
+        typer.Option(
+            "--machine-code",
+            help="jax: compile the Pallas kernels too; needs jax-cuda13-plugin, not a GPU.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile the op's kernels for a chip, without having it, and show what they need.
 
     torch: Triton's machine code: registers, spilled bytes, bytes of shared memory, tensor-core
     instructions, occupancy of a processor's warps. jax, and the target tpu: whether the Pallas
-    kernels lower. Both: the least time the roofline allows.
+    kernels lower; with --machine-code what torch has, backward with the forward kernels before
+    it. All: the least time the roofline allows.
     """
     found, device = registry.get(op), devices.target(target)
     side: Framework = "jax" if device.platform == "tpu" else _framework(framework)
@@ -345,11 +354,8 @@ def inspect(
     if side == "torch" and "triton" in binding.implementations:
         importlib.import_module("triton")
     chosen = [cases[case]] if case else [row for row in cases.values() if row.size == "large"]
-    rows = [
-        row
-        for case_ in chosen
-        for row in (_compiled if side == "torch" else _lowered)(found, case_, dtype, device)
-    ]
+    describe = _compiled if side == "torch" else _assembled if machine_code else _lowered
+    rows = [row for case_ in chosen for row in describe(found, case_, dtype, device)]
     data = {"op": op, "target": target, "framework": side, "kernels": rows}
 
     def table(case_id: str) -> Any:
@@ -377,10 +383,32 @@ def _compiled(op: Op, case: Any, dtype: str, device: Device) -> Iterator[dict[st
     """One row for each Triton kernel and direction, in the config that dispatch chooses."""
     from ml_networks.kernels.core import ahead_of_time
 
+    def kernels_of(direction: str) -> list[Resources]:
+        return ahead_of_time.inspect(op, case.problem(op.name, dtype, direction), device)
+
+    return _kernels(op, case, dtype, device, kernels_of)
+
+
+def _assembled(op: Op, case: Any, dtype: str, device: Device) -> Iterator[dict[str, Any]]:
+    """One row for each Pallas kernel and direction, where dispatch chooses it."""
+    from ml_networks.kernels.core import pallas_ahead_of_time
+
+    def kernels_of(direction: str) -> list[Resources]:
+        return pallas_ahead_of_time.inspect(op, case, dtype, direction, device)
+
+    return _kernels(op, case, dtype, device, kernels_of)
+
+
+def _kernels(
+    op: Op,
+    case: Any,
+    dtype: str,
+    device: Device,
+    kernels_of: Callable[[str], list[Resources]],
+) -> Iterator[dict[str, Any]]:
     for direction in op.spec.DIRECTIONS:
-        problem = case.problem(op.name, dtype, direction)
-        end = _limits(op, problem, device)
-        kernels = ahead_of_time.inspect(op, problem, device)
+        end = _limits(op, case.problem(op.name, dtype, direction), device)
+        kernels = kernels_of(direction)
         if not kernels:
             yield {"case": case.id, "direction": direction, "kernel": "(plain path)", **end}
         for kernel in kernels:

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from ml_networks import cli
-from ml_networks.kernels.core import device, dispatch, records, registry, tuner
+from ml_networks.kernels.core import (
+    device,
+    dispatch,
+    pallas_ahead_of_time,
+    records,
+    registry,
+    tuner,
+)
 from ml_networks.kernels.core.records import Record, Timing
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -158,6 +165,29 @@ def test_inspect_lowers_pallas_kernels(words: tuple[str, str], answer: Any) -> N
     told = answer("inspect", TOY.name, "--case", "odd", *words)
     assert told["framework"] == "jax"
     assert [row["lowers"][:4] for row in told["kernels"]] == ["yes,", "yes,"]
+
+
+@pytest.mark.skipif(
+    pallas_ahead_of_time.missing() is not None,
+    reason=f"not installed: {pallas_ahead_of_time.missing()}",
+)
+def test_inspect_compiles_pallas_kernels(answer: Any) -> None:
+    words = ("--framework", "jax", "--machine-code", "--case", "mlp-256")
+    told = answer("inspect", "norm_activation", *words)
+    plain, backward = told["kernels"]
+    assert plain["kernel"] == "(plain path)"  # XLA's forward pass is one kernel too
+    assert backward["kernel"] == "norm_activation_backward"
+    assert backward["registers"] > 0
+    assert 0 < backward["occupied"] <= 1
+    assert backward["complaints"] is None
+
+
+def test_machine_code_of_pallas_kernels_asks_for_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pallas_ahead_of_time, "missing", lambda: "jax-cuda13-plugin")
+    assert run("inspect", TOY.name, "--framework", "jax", "--machine-code") == 2
+    assert "needs the package jax-cuda13-plugin" in capsys.readouterr().err
 
 
 def test_cache_show_and_clear(answer: Any, cache: Path) -> None:

@@ -84,7 +84,8 @@ def _nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _occupancy(device: Device, registers: int, shared: int, warps: int) -> float:
+def occupancy(device: Device, registers: int, shared: int, warps: int) -> float:
+    """The fraction of a processor's warps that can be resident."""
     if device.platform == "hip":
         waves = min(8, 512 // max(8, -(-registers // 8) * 8))
         by_shared = device.shared_memory_bytes // shared * warps if shared else 32
@@ -180,9 +181,9 @@ def _compile(compilation: Compilation, device: Device) -> Resources:
         complaints.append(f"needs {shared} B of shared memory, {device.shared_memory_bytes} exist")
     if compilation.uses_dot and not dots:
         complaints.append("has a dot but no tensor-core instruction")
-    occupancy = _occupancy(device, registers, shared, compilation.num_warps)
+    resident = occupancy(device, registers, shared, compilation.num_warps)
     return Resources(
-        name, device.target, registers, spills, shared, dots, occupancy, tuple(complaints)
+        name, device.target, registers, spills, shared, dots, resident, tuple(complaints)
     )
 
 
