@@ -184,11 +184,11 @@ class RReLU(nnx.Module):
 
 
 def _softplus(x: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:
-    # Clipped before the exponential, so that the branch not taken has a finite gradient.
+    # Clipped before the exponential, so that the branch not taken has a finite gradient. A minimum
+    # would halve the slope at the threshold.
     scaled = x * beta
-    return jnp.where(
-        scaled > threshold, x, jnp.log1p(jnp.exp(jnp.minimum(scaled, threshold))) / beta
-    )
+    linear = scaled > threshold
+    return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, threshold, scaled))) / beta)
 
 
 def _gelu(x: Array, approximate: str = "none") -> Array:

@@ -228,8 +228,8 @@ def kl_divergence(posterior: Divergent, prior: Divergent) -> Array:
 
     Notes
     -----
-    Against a prior that is certain to the last bit (a Bernoulli logit of 20, say) the divergence
-    is finite, where :mod:`torch.distributions` has inf.
+    Bernoulli states are compared by their logits. So the divergence is right also against a prior
+    whose probability rounds to 1 (a logit of 20, say), where :mod:`torch.distributions` has inf.
     """
     divergence: Array = _as_distribution(posterior).kl_divergence(_as_distribution(prior))
     return divergence

@@ -12,7 +12,9 @@ import pytest
 from ml_networks.jax.activations import _CLASSES, _FUNCTIONS, Activation, UnknownActivationError
 from tests.jax.conftest import Arrays
 
-POINTS = np.array([-1e4, -90.0, -20.5, -2.9, -1.2, -0.4, 0.3, 0.7, 2.0, 6.5, 21.0, 95.0, 1e4, 0.0])
+POINTS = np.array(
+    [-1e4, -90.0, -20.5, -2.9, -1.2, -0.4, 0.3, 0.7, 2.0, 5.0, 6.5, 20.0, 21.0, 95.0, 1e4, 0.0]
+)
 KEYWORDS = {
     "Threshold": {"threshold": 0.1, "value": -2.0},
     "LeakyReLU": {"negative_slope": 0.2},

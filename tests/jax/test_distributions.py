@@ -347,6 +347,18 @@ def test_certain_states_have_finite_measures_and_gradients(kind: str) -> None:
     assert all(bool(jnp.isfinite(g).all()) for g in gradients)
 
 
+def test_divergence_from_a_prior_whose_probability_rounds_to_one() -> None:
+    """That of the logits in float64; torch rounds the probability first and has inf."""
+    logits = np.array([[[0.0, 30.0, -200.0, 0.0]], [[20.0, 20.0, 3.0, 120.0]]])
+    states = [
+        BernoulliStoch(x, jax.nn.sigmoid(x), x.reshape(1, -1))
+        for x in jnp.asarray(logits[:, None], jnp.float32)
+    ]
+    (q_off, q_on), (p_off, p_on) = ((np.logaddexp(0, x), np.logaddexp(0, -x)) for x in logits)
+    expected = np.exp(-q_on) * (p_on - q_on) + np.exp(-q_off) * (p_off - q_off)
+    close(kl_divergence(*states).sum(), expected.sum())
+
+
 def test_nan_is_not_hidden() -> None:
     for kind in KINDS:
         module = distribution(kind)
