@@ -23,7 +23,7 @@ from ml_networks.config import (
     as_config,
 )
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
-from ml_networks.kernels.torch import linear_norm_activation
+from ml_networks.kernels.torch import fused_mlp, linear_norm_activation
 from ml_networks.torch.activations import Activation
 from ml_networks.torch.attention import MultiheadAttention
 from ml_networks.torch.base import Module
@@ -187,7 +187,9 @@ class MLPLayer(Module):
     """Multi-layer perceptron: hidden layers of equal width and an output layer.
 
     The output layer shares the hidden layers' config except that it has ``output_activation``
-    and no norm. There is always at least one hidden layer, also for ``n_layers=0``.
+    and no norm. There is always at least one hidden layer, also for ``n_layers=0``. On a GPU all
+    of it is one op, :func:`ml_networks.kernels.torch.fused_mlp`, while the layers are as they were
+    made and no norm comes first.
 
     Parameters
     ----------
@@ -219,8 +221,64 @@ class MLPLayer(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
+        if x.is_cuda and self._is_one_op():
+            return self._one_op(x)
         output: Tensor = self.dense(x)
         return output
+
+    def _is_one_op(self) -> bool:
+        """Whether the layers are as they were made, the hidden ones alike and without a norm
+        first."""
+        if type(self.dense) is not nn.Sequential or len(self.dense) < 2 or _has_hooks(self.dense):
+            return False
+        layers: list[Any] = list(self.dense)
+        *hidden, last = layers
+        return (
+            not any(
+                type(layer) is not LinearNormActivation or _has_hooks(layer) for layer in layers
+            )
+            and all(layer._is_one_op() and not layer.norm_first for layer in layers)
+            and len({_hidden_options(layer) for layer in hidden}) == 1
+            and type(last.norm) is nn.Identity
+            and _shared_options(last) == _shared_options(hidden[0])
+        )
+
+    def _one_op(self, x: Tensor) -> Tensor:
+        layers: list[Any] = list(self.dense)
+        *hidden, last = layers
+        norm = hidden[0].norm
+        has_norm_weight, has_norm_bias = _affine(norm)
+        has_bias, dropout = _shared_options(last)
+        return fused_mlp(
+            x,
+            [layer.linear.weight for layer in layers],
+            [layer.linear.bias for layer in layers] if has_bias else None,
+            [layer.norm.weight for layer in hidden] if has_norm_weight else None,
+            [layer.norm.bias for layer in hidden] if has_norm_bias else None,
+            norm=_ROW_NORMS[type(norm)],
+            activation=hidden[0].cfg.activation,
+            output_activation=last.cfg.activation,
+            eps=getattr(norm, "eps", None),
+            dropout=dropout,
+        )
+
+
+def _affine(norm: Any) -> tuple[bool, bool]:
+    """Whether a norm has a weight and a bias."""
+    return getattr(norm, "weight", None) is not None, getattr(norm, "bias", None) is not None
+
+
+def _shared_options(layer: Any) -> tuple[bool, float]:
+    """What all layers of an MLP share: whether there is a bias, the dropout at present."""
+    dropout = layer.dropout
+    return layer.linear.bias is not None, getattr(dropout, "p", 0.0) if dropout.training else 0.0
+
+
+def _hidden_options(layer: Any) -> tuple[Any, ...]:
+    """What the hidden layers of an MLP share."""
+    norm, width = layer.norm, layer.linear.out_features
+    eps = getattr(norm, "eps", None)
+    return width, layer.cfg.activation, type(norm), eps, *_affine(norm), *_shared_options(layer)
 
 
 @checked_keywords()

@@ -1,0 +1,1 @@
+"""A multi-layer perceptron of narrow layers in one kernel."""
