@@ -289,9 +289,7 @@ def _plain(
     mean, inverse, weight, bias = (
         line[:, None, None] for line in _lines(moments, arrays.weight, arrays.bias, options, dtype)
     )
-    # One multiplication and addition an element: the moments are folded into weight and bias.
-    factor = inverse * weight
-    y = _shuffled(x * factor + (bias - mean * factor), options.shuffle)
+    y = _shuffled((x - mean) * (inverse * weight) + bias, options.shuffle)
     added: Any = 0.0 if arrays.residual is None else arrays.residual.astype(dtype)
     if options.residual_first:
         y = jax_functions.apply(options.activation, _dropped(y, seed, options) + added)
@@ -313,18 +311,20 @@ def _shuffled(x: Array, factor: int) -> Array:
     by = abs(factor)
     if by < 2:
         return x
+    kept, (rows, columns) = spec.shuffled(channels, [height, width], factor)
     if factor > 0:
-        x = x.reshape(batch, height, width, channels // by**2, by, by)
-        return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height * by, width * by, -1)
-    x = x.reshape(batch, height // by, by, width // by, by, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // by, width // by, -1)
+        x = x.reshape(batch, height, width, kept, by, by).transpose(0, 1, 4, 2, 5, 3)
+    else:
+        x = x.reshape(batch, rows, by, columns, by, channels).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, rows, columns, kept)
 
 
 def _dropped(y: Array, seed: Seed, options: Options) -> Array:
     if seed is None:
         return y
     batch, height, width, channels = y.shape
-    scale = jax_functions.dropout_scale(options.dropout, seed, batch, y[0].size)
+    sample = height * width * channels
+    scale = jax_functions.dropout_scale(options.dropout, seed, batch, sample)
     scale = jnp.moveaxis(scale.reshape(batch, channels, height, width), 1, -1)
     return y * scale.astype(y.dtype)
 

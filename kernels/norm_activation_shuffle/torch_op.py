@@ -297,6 +297,9 @@ def _normalized(
     eps: float,
     momentum: float,
 ) -> Tensor:
+    if weight is None and bias is not None:
+        # torch's functions take no bias without a weight.
+        weight = torch.ones_like(bias)
     if norm in ("batch", "given"):
         # Half-precision feature maps may have float32 parameters, as long as all of them are.
         if mean is not None:
