@@ -41,7 +41,7 @@ from ml_networks.jax.primitives import (
 )
 from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
-from ml_networks.kernels.jax import attention, linear_norm_activation
+from ml_networks.kernels.jax import attention, fused_mlp, linear_norm_activation
 
 __all__ = [
     "ConvNormActivation",
@@ -196,7 +196,9 @@ class MLPLayer(BaseModule):
     """Multi-layer perceptron: hidden layers of equal width and an output layer.
 
     The output layer shares the hidden layers' config except that it has ``output_activation``
-    and no norm. There is always at least one hidden layer, also for ``n_layers=0``.
+    and no norm. There is always at least one hidden layer, also for ``n_layers=0``. On one GPU all
+    of it is one op, :func:`ml_networks.kernels.jax.fused_mlp`, while the layers are as they were
+    made, no norm comes first and nothing is dropped.
 
     Parameters
     ----------
@@ -230,9 +232,56 @@ class MLPLayer(BaseModule):
 
     def __call__(self, x: Array) -> Array:
         """Map (..., input_dim) to (..., output_dim)."""
+        if jax.default_backend() != "cpu" and self._is_one_op():
+            return self._one_op(x)
         for layer in self.layers:
             x = layer(x)
         return x
+
+    def _is_one_op(self) -> bool:
+        """Whether the layers are as they were made, the hidden ones alike, without a norm first
+        and without a dropout that is active."""
+        *hidden, last = self.layers
+        return (
+            bool(hidden)
+            and not any(type(layer) is not LinearNormActivation for layer in self.layers)
+            and all(layer._is_one_op() and not layer.norm_first for layer in self.layers)
+            and not any(_drops(layer.dropout) for layer in self.layers)
+            and len({_hidden_options(layer) for layer in hidden}) == 1
+            and type(last.norm) is Identity
+            and (last.linear.bias is None) == (hidden[0].linear.bias is None)
+        )
+
+    def _one_op(self, x: Array) -> Array:
+        *hidden, last = self.layers
+        norm = hidden[0].norm
+        scale, shift = (getattr(norm, name, None) is not None for name in ("scale", "bias"))
+        return fused_mlp(
+            x,
+            [layer.linear.kernel[...].T for layer in self.layers],
+            None if last.linear.bias is None else [one.linear.bias[...] for one in self.layers],
+            [layer.norm.scale[...] for layer in hidden] if scale else None,
+            [layer.norm.bias[...] for layer in hidden] if shift else None,
+            norm=_ROW_NORMS[type(norm)],
+            activation=hidden[0].activation_name,
+            output_activation=last.activation_name,
+            eps=getattr(norm, "eps", None),
+        )
+
+
+def _drops(dropout: Any) -> bool:
+    """Whether ``dropout`` is other than the identity at present."""
+    if type(dropout) is nnx.Dropout:
+        return not dropout.deterministic
+    return type(dropout) is not Identity
+
+
+def _hidden_options(layer: Any) -> tuple[Any, ...]:
+    """What the hidden layers of an MLP share."""
+    norm = layer.norm
+    affine = (getattr(norm, name, None) is not None for name in ("scale", "bias"))
+    width, bias = layer.linear.kernel.shape[1], layer.linear.bias is not None
+    return width, bias, layer.activation_name, type(norm), getattr(norm, "eps", None), *affine
 
 
 class _Convolution(nnx.Module):
