@@ -23,7 +23,11 @@ from ml_networks.config import (
     as_config,
 )
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
-from ml_networks.kernels.torch import fused_mlp, linear_norm_activation
+from ml_networks.kernels.torch import (
+    fused_mlp,
+    linear_norm_activation,
+    norm_activation_shuffle,
+)
 from ml_networks.torch.activations import Activation
 from ml_networks.torch.attention import MultiheadAttention
 from ml_networks.torch.base import Module
@@ -288,7 +292,9 @@ class ConvNormActivation(nn.Module):
     With ``norm_first`` the norm precedes the convolution. With ``scale_factor`` s > 0 the
     convolution makes s^2 times the channels, which a pixel shuffle turns into an image s times
     as large; with s < 0 a pixel unshuffle makes it |s| times as small. An activation with "glu"
-    in its name gets twice the channels and halves them.
+    in its name gets twice the channels and halves them. On a GPU all that follows the convolution
+    is one op where there is a norm, :func:`ml_networks.kernels.torch.norm_activation_shuffle`,
+    which also draws the dropout; activations with weights (PReLU, ...) keep to separate steps.
 
     Parameters
     ----------
@@ -326,9 +332,70 @@ class ConvNormActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) or (C, H, W) to feature maps of the same rank."""
+        if x.is_cuda and x.dim() == 4 and self._is_one_op():
+            return self._one_op(x)
         x = self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
         output: Tensor = self.dropout(self.activation(self.pixel_shuffle(x)))
         return output
+
+    def _is_one_op(self) -> bool:
+        return (
+            type(self.norm) is not nn.Identity
+            and not self.norm_first
+            and _is_one_tail(self, self.pixel_shuffle)
+        )
+
+    def _one_op(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+        shuffle = self.cfg.scale_factor
+        return _one_tail(self, self.conv(x), residual, shuffle=shuffle, **options)
+
+
+def _is_one_tail(layer: Any, *others: nn.Module) -> bool:
+    """Whether what follows a convolution is as it was made: nothing replaced, hooked or
+    sharded."""
+    children = (layer.norm, layer.activation, layer.dropout, *others)
+    return (
+        layer.cfg.activation in KERNEL_ACTIVATIONS
+        and type(layer.norm) in _MAP_NORMS
+        and type(getattr(layer.norm, "weight", None)) in (nn.Parameter, type(None))
+        # Without a momentum the weight of the new is a number that a device would have to tell.
+        and getattr(layer.norm, "momentum", 0.0) is not None
+        and type(layer.activation) is Activation
+        and type(layer.dropout) in (nn.Dropout, nn.Identity)
+        and getattr(layer.dropout, "p", 0.0) < 1
+        and all(type(other) in _SHUFFLES for other in others)
+        and not any(_has_hooks(child) for child in children)
+    )
+
+
+def _one_tail(layer: Any, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+    """What follows a convolution, whose output is ``x``, as one op."""
+    norm: Any = layer.norm
+    if type(norm) is nn.GroupNorm:
+        options |= {"norm": "group", "num_groups": norm.num_groups}
+    elif type(norm) is nn.Identity:
+        options |= {"norm": "none"}
+    else:
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        if norm.track_running_stats or not norm.training:
+            options |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        training = norm.training or norm.running_mean is None
+        options |= {"training": training, "momentum": norm.momentum}
+    return norm_activation_shuffle(
+        x,
+        getattr(norm, "weight", None),
+        getattr(norm, "bias", None),
+        None if residual is None else residual.to(x.dtype),
+        eps=getattr(norm, "eps", 0.0),
+        dropout=getattr(layer.dropout, "p", 0.0) if layer.dropout.training else 0.0,
+        **{"activation": layer.cfg.activation, **options},
+    )
+
+
+_MAP_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Identity)
+"""SyncBatchNorm, which averages over processes, is none of them."""
+_SHUFFLES = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Identity)
 
 
 class HorizonShuffle(nn.Module):
@@ -410,12 +477,20 @@ class ConvNormActivation1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, L) or (C, L) to feature maps of the same rank."""
+        if x.is_cuda and x.dim() == 3 and self._is_one_op():
+            return self._one_op(x)
         if self.norm_first:
             x = self.horizontal_shuffle(self.conv(self.norm(x)))
         else:
             x = self.norm(self.horizontal_shuffle(self.conv(x)))
         output: Tensor = self.dropout(self.activation(x))
         return output
+
+    def _is_one_op(self) -> bool:
+        return type(self.norm) is not nn.Identity and not self.norm_first and _is_one_tail(self)
+
+    def _one_op(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+        return _one_tail(self, self.horizontal_shuffle(self.conv(x)), residual, **options)
 
 
 class _ConvTransposeNormActivation(nn.Module):
@@ -453,8 +528,16 @@ class _ConvTransposeNormActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W), or (B, C, L) in one dimension, to feature maps of the same rank."""
+        if x.is_cuda and x.dim() == 2 + self.dimensions and self._is_one_op():
+            return self._one_op(x)
         output: Tensor = self.dropout(self.activation(self.norm(self.conv(x))))
         return output
+
+    def _is_one_op(self) -> bool:
+        return type(self.norm) is not nn.Identity and _is_one_tail(self)
+
+    def _one_op(self, x: Tensor) -> Tensor:
+        return _one_tail(self, self.conv(x))
 
 
 @checked_keywords()
@@ -561,7 +644,32 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to feature maps of the same size (at stride 1)."""
+        if x.is_cuda and x.dim() == 4 and self._is_one_op():
+            return self._one_op(x)
         output: Tensor = self.activation(self.shortcut(x) + self.conv_block(x))
+        return output
+
+    def _is_one_op(self) -> bool:
+        """Whether the sum and all between it and the last convolution are as they were made."""
+        if type(self.conv_block) is not nn.Sequential or len(self.conv_block) != 2:
+            return False
+        first, last = self.conv_block
+        return (
+            type(first) is type(last) is ConvNormActivation
+            and first.cfg.activation in KERNEL_ACTIVATIONS
+            and not (last.norm_first and type(last.norm) is not nn.Identity)
+            and _is_one_tail(last, last.pixel_shuffle)
+            and type(self.activation) is Activation
+            and not any(_has_hooks(child) for child in (self.conv_block, last, self.activation))
+        )
+
+    def _one_op(self, x: Tensor) -> Tensor:
+        first: Any = self.conv_block[0]
+        last: Any = self.conv_block[1]
+        options: dict[str, Any] = {}
+        if not is_glu(first.cfg.activation):
+            options = {"activation": first.cfg.activation, "residual_first": True}
+        output: Tensor = last._one_op(first(x), self.shortcut(x), **options)
         return output
 
 

@@ -22,6 +22,7 @@ from ml_networks.torch.layers import (
     ConvNormActivation1d,
     HorizonShuffle,
     HorizonUnShuffle,
+    _has_hooks,
 )
 
 __all__ = [
@@ -175,6 +176,8 @@ class _ConditionalResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map (batch, in_channels, *sides), (batch, cond_dim) to (batch, out_channels, *sides)."""
+        if x.is_cuda and self._is_one_op():
+            return self._one_op(x, cond)
         hidden, code = self.first_conv(x), self.cond_encoder(cond)
         if self.cond_predict_scale:
             scale, bias = code.chunk(2, 1)
@@ -182,6 +185,22 @@ class _ConditionalResidualBlock(nn.Module):
         else:
             hidden = hidden + code
         output: Tensor = self.last_conv(hidden) + self.residual_conv(x)
+        return output
+
+    def _is_one_op(self) -> bool:
+        """Whether all that follows either convolution is one op."""
+        return all(
+            type(layer) is _CONV_NORM_ACTIVATION[self.sides]
+            and not _has_hooks(layer)
+            and layer._is_one_op()
+            for layer in (self.first_conv, self.last_conv)
+        )
+
+    def _one_op(self, x: Tensor, cond: Tensor) -> Tensor:
+        code = self.cond_encoder(cond).flatten(1)
+        scale, shift = code.chunk(2, 1) if self.cond_predict_scale else (None, code)
+        hidden = self.first_conv._one_op(x, scale=scale, shift=shift)
+        output: Tensor = self.last_conv._one_op(hidden, self.residual_conv(x))
         return output
 
 
