@@ -5,13 +5,13 @@ from __future__ import annotations
 from .attention.jax_op import attention
 from .binary_spherical_quantize.jax_op import BinarySphericalCodes, binary_spherical_quantize
 from .focal_frequency_loss.jax_op import focal_frequency_loss
-from .fused_mlp.jax_op import fused_mlp
 from .hyper_lora_linear.jax_op import hyper_lora_linear
 from .linear_norm_activation.jax_op import linear_norm_activation
 from .lora_linear.jax_op import lora_linear
 from .neuron_level_model.jax_op import neuron_level_model
 from .norm_activation.jax_op import norm_activation
 from .norm_activation_shuffle.jax_op import norm_activation_shuffle
+from .norm_silu_skip_norm.jax_op import norm_silu_skip_norm
 from .synchronisation.jax_op import synchronisation
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "attention",
     "binary_spherical_quantize",
     "focal_frequency_loss",
-    "fused_mlp",
     "hyper_lora_linear",
     "linear_norm_activation",
     "lora_linear",
     "neuron_level_model",
     "norm_activation",
     "norm_activation_shuffle",
+    "norm_silu_skip_norm",
     "synchronisation",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .attention.torch_op import attention
 from .binary_spherical_quantize.torch_op import BinarySphericalCodes, binary_spherical_quantize
 from .focal_frequency_loss.torch_op import focal_frequency_loss
-from .fused_mlp.torch_op import fused_mlp
 from .hyper_lora_linear.torch_op import hyper_lora_linear
 from .linear_norm_activation.torch_op import linear_norm_activation
 from .lora_linear.torch_op import lora_linear
@@ -16,6 +15,7 @@ from .neuron_level_model.torch_op import (
 )
 from .norm_activation.torch_op import norm_activation
 from .norm_activation_shuffle.torch_op import norm_activation_shuffle
+from .norm_silu_skip_norm.torch_op import norm_silu_skip_norm
 from .synchronisation.torch_op import synchronisation
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "attention",
     "binary_spherical_quantize",
     "focal_frequency_loss",
-    "fused_mlp",
     "hyper_lora_linear",
     "linear_norm_activation",
     "lora_linear",
@@ -32,5 +31,6 @@ __all__ = [
     "neuron_level_model_weight_gradient",
     "norm_activation",
     "norm_activation_shuffle",
+    "norm_silu_skip_norm",
     "synchronisation",
 ]

@@ -1,0 +1,1 @@
+"""Layer norm, SiLU, skip connection and layer norm over the last axis."""
