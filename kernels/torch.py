@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention.torch_op import attention
 from .binary_spherical_quantize.torch_op import BinarySphericalCodes, binary_spherical_quantize
+from .conv_shuffle.torch_op import conv_shuffle
 from .focal_frequency_loss.torch_op import focal_frequency_loss
 from .hyper_lora_linear.torch_op import hyper_lora_linear
 from .linear_norm_activation.torch_op import linear_norm_activation
@@ -22,6 +23,7 @@ __all__ = [
     "BinarySphericalCodes",
     "attention",
     "binary_spherical_quantize",
+    "conv_shuffle",
     "focal_frequency_loss",
     "hyper_lora_linear",
     "linear_norm_activation",
