@@ -166,6 +166,11 @@ def _plain(arrays: Arrays, seed: Seed, options: Options) -> Array:
     return x
 
 
+@partial(jax.jit, static_argnames="options")
+def _plain_gradient(arrays: Arrays, seed: Seed, of_y: Array, options: Options) -> Arrays:
+    return jax.vjp(lambda arrays: _plain(arrays, seed, options), arrays)[1](of_y)[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fused(arrays: Arrays, seed: Seed, options: Options) -> Array:
     return _run(arrays, seed, options, keep=False)[0]
@@ -178,10 +183,31 @@ def _run(arrays: Arrays, seed: Seed, options: Options, *, keep: bool) -> tuple[A
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _run_and_keep(arrays: Arrays, seed: Seed, options: Options) -> tuple[Array, Kept]:
+    """For a second derivative: `_gradient`, which takes what is kept, stands for all of it."""
+    return _run(arrays, seed, options, keep=True)
+
+
+def _run_and_keep_forward(
+    arrays: Arrays, seed: Seed, options: Options
+) -> tuple[tuple[Array, Kept], tuple[Arrays, Seed]]:
+    return _run_and_keep(arrays, seed, options), (arrays, seed)
+
+
+def _run_and_keep_backward(
+    options: Options, saved: tuple[Arrays, Seed], cotangents: tuple[Array, Kept]
+) -> tuple[Arrays, None]:
+    return _plain_gradient(*saved, cotangents[0], options._replace(implementation="xla")), None
+
+
+_run_and_keep.defvjp(_run_and_keep_forward, _run_and_keep_backward)
+
+
 def _fused_forward(
     arrays: Arrays, seed: Seed, options: Options
 ) -> tuple[Array, tuple[Arrays, Kept, Seed]]:
-    y, kept = _run(arrays, seed, options, keep=True)
+    y, kept = _run_and_keep(arrays, seed, options)
     return y, (arrays, kept, seed)
 
 
@@ -192,11 +218,6 @@ def _fused_backward(
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
-
-
-@partial(jax.jit, static_argnames="options")
-def _plain_gradient(arrays: Arrays, seed: Seed, of_y: Array, options: Options) -> Arrays:
-    return jax.vjp(lambda arrays: _plain(arrays, seed, options), arrays)[1](of_y)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -205,9 +205,9 @@ def _sizes(arrays: Arrays) -> tuple[int, ...]:
 
 def _whole(array: Array) -> tuple[Array, pl.BlockSpec]:
     """A weight or, as a line, a vector that every program reads whole."""
-    array = array if array.ndim == 2 else array[None]
-    lines, columns = array.shape
-    block = (lines if lines == 1 else _side(lines), _side(columns))
+    if array.ndim == 1:
+        return array[None], pl.BlockSpec((1, _side(array.size)), lambda i: (0, 0))
+    block = (_side(array.shape[0]), _side(array.shape[1]))
     return array, pl.BlockSpec(block, lambda i: (0, 0))
 
 

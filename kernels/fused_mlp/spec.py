@@ -149,6 +149,11 @@ def flops(problem: Problem) -> int:
 
 def not_supported_reasons(problem: Problem, implementation: str, device: Device) -> list[str]:
     """Why ``implementation`` cannot run ``problem`` on ``device``; empty if it can."""
+    return misfits(problem, implementation)
+
+
+def misfits(problem: Problem, implementation: str) -> list[str]:
+    """Why ``implementation`` cannot run ``problem``, on any device and with any number of rows."""
     most = MAX_PALLAS_COLUMNS if implementation == "pallas" else MAX_COLUMNS
     reasons = [
         f"a program holds whole rows of up to {most} elements, here {name} is {problem[name]}"

@@ -154,10 +154,9 @@ def _takes_plain_path(
     if torch.compiler.is_compiling():
         # The custom op decides at run time, so that a new number of rows changes no traced code;
         # what never fits does not fit any number.
-        one = _problem(1, x, sides, options, "forward")
         plain = implementation == "torch" or (on_cpu and implementation is None)
-        unfit = spec.not_supported_reasons(one, "triton", torch_device(x.device))
-        return plain or (bool(unfit) and implementation is None)
+        misfits = spec.misfits(_problem(1, x, sides, options, "forward"), "triton")
+        return plain or (bool(misfits) and implementation is None)
     if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         return True
     decision = _decide(x.shape[:-1].numel(), x, sides, options, "forward", implementation)
