@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import dispatch, usage
+from ..core import dispatch, torch_functions, usage
 from ..core.device import torch_device
 from ..core.dropout import check_probability
 from ..core.problem import Problem
 from ..core.registry import Binding
-from ..core.torch_functions import dropout_scale
 from . import spec
 
 
@@ -102,7 +101,9 @@ def attention(
     Under autocast the tensors are cast as for torch's own function. Results of the kernel repeat
     bit for bit; it has second derivatives, by way of the matrix of scores. Code compiled by
     ``torch.compile`` asks dispatch only for sizes at which the kernel may win, so a surrounding
-    `use_implementation` counts there alone; the argument counts always.
+    `use_implementation` counts there alone; the argument counts always. Under ``torch.func.vmap``
+    the mapped axis becomes part of the batch where nothing is dropped; under other transforms the
+    plain path runs.
 
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762; computed by tiles as in Dao, Fu,
     Ermon, Rudra, Ré, "FlashAttention", arXiv 2205.14135.
@@ -111,13 +112,14 @@ def attention(
         mask is None
         and not dropout
         and query.is_cpu
+        and torch._C._functorch.maybe_current_level() is None
         and not torch.compiler.is_compiling()
         and not usage.recording()
         and not dispatch.is_overridden(BINDING, implementation)
     ):
-        output = _at_once(query, key, value, causal, scale)
-        if output is not None:
-            return output
+        at_once = _at_once(query, key, value, causal, scale)
+        if at_once is not None:
+            return at_once
     shape = None if mask is None else mask.shape
     spec.check_arguments(query.shape, key.shape, value.shape, shape)
     kind = query.device.type
@@ -142,6 +144,13 @@ def attention(
             return _plain(query, key, value, mask, given, options)
         tensors = query, key, value, mask, _drawn(given, query, options)
         return _forward_op(*tensors, *options, _needs_gradient(*tensors[:3]), implementation)[0]
+    if torch_functions.transformed(query, key, value, mask):
+        if not dropout and torch_functions.mapped(query, key, value, mask):
+            return _forward_op(query, key, value, mask, None, *options, False, implementation)[0]
+        if on_cpu and (given is not None or not dropout):
+            # What torch's function runs there has no rule for vmap.
+            return _spelled_out(query, key, value, mask, given, options)
+        return _plain(query, key, value, mask, given, options)
     if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         return _plain(query, key, value, mask, given, options)
     differentiable = _needs_gradient(query, key, value)
@@ -324,7 +333,7 @@ def _weights(
     if seed is None:
         return weights, weights.new_ones(())
     rows, columns = weights.shape[:-1].numel(), weights.shape[-1]
-    kept = dropout_scale(options.dropout, seed, rows, columns, weights.device)
+    kept = torch_functions.dropout_scale(options.dropout, seed, rows, columns, weights.device)
     return weights, kept.view(weights.shape).to(weights.dtype)
 
 
@@ -455,6 +464,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         tensors: tuple[Any, ...] = (*ctx.saved_tensors, of_output)
+        legacy = torch._C._functorch.is_legacy_batchedtensor(of_output)
+        if legacy or torch_functions.transformed(of_output):
+            # Of a batch of gradients `torch.library` makes one call for each.
+            return *_backward_op(*tensors, *ctx.options, ctx.implementation), *(None,) * 5
         # With a graph to build this is a function of its own, with a derivative of its own.
         gradients: Any = _Gradients.apply if torch.is_grad_enabled() else _gradients
         return *gradients(*tensors, ctx.options, ctx.implementation), *(None,) * 5
@@ -523,6 +536,48 @@ def _forward_op(
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(tuple(query.shape[:-1]), dtype=torch.float32)
     return torch.empty_like(query), lse
+
+
+@_forward_op.register_vmap
+def _(
+    info: Any,
+    axes: tuple[Any, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    differentiable: bool,
+    implementation: str | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """Without dropout: `attention` lets nothing else through."""
+    size = info.batch_size
+    query, key, value = (
+        torch_functions.folded(tensor, axis, size)
+        for tensor, axis in zip((query, key, value), axes[:3], strict=True)
+    )
+    if mask is not None:
+        mask = _folded_mask(mask, axes[3], size, query.shape[0] // size)
+    tensors, options = (query, key, value, mask), _Options(causal, scale, dropout)
+    transformed = torch_functions.transformed(*tensors)
+    if transformed and not torch_functions.mapped(*tensors):
+        output = _spelled_out(*tensors, None, options)
+    else:
+        gradient = not transformed and _needs_gradient(*tensors[:3])
+        output = _forward_op(*tensors, None, *options, gradient, implementation)[0]
+    return (torch_functions.unfolded(output, size), output.new_empty(0)), (0, None)
+
+
+def _folded_mask(mask: Tensor, axis: int | None, size: int, batch: int) -> Tensor:
+    if axis is None and (mask.dim() < 4 or mask.shape[0] == 1):
+        return mask
+    mask = mask.expand(size, *mask.shape) if axis is None else mask.movedim(axis, 0)
+    while mask.dim() < 5:
+        mask = mask.unsqueeze(1)
+    return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 
 @torch.library.custom_op("ml_networks::attention_backward", mutates_args=())

@@ -161,3 +161,27 @@ def transformed(*tensors: Tensor | None) -> bool:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(value is not None and wrapped(value) for value in tensors)
+
+
+def mapped(*tensors: Tensor | None) -> bool:
+    """Whether the innermost transform is a ``torch.func.vmap`` over one of these. A custom op has
+    a rule for some, by which the mapped axis becomes one of its own; the plain path takes all."""
+    functorch = torch._C._functorch
+    level = functorch.maybe_current_level()
+    return any(
+        value is not None
+        and functorch.is_batchedtensor(value)
+        and functorch.maybe_get_level(value) == level
+        for value in tensors
+    )
+
+
+def folded(value: Tensor, axis: int | None, size: int) -> Tensor:
+    """The mapped axis of a tensor, of the length ``size``, in front and as one with the first."""
+    value = value.expand(size, *value.shape) if axis is None else value.movedim(axis, 0)
+    return value.flatten(0, 1)
+
+
+def unfolded(value: Tensor, size: int) -> Tensor:
+    """The inverse of `folded`."""
+    return value.unflatten(0, (size, value.shape[0] // size))

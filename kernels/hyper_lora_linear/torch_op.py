@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core import dispatch, usage
+from ..core import dispatch, torch_functions, usage
 from ..core.arguments import plain_vjp, torch_tensors
 from ..core.device import torch_device
 from ..core.problem import Problem
@@ -87,7 +87,8 @@ def hyper_lora_linear(
     Notes
     -----
     Under ``torch.autocast`` all tensors but float64 ones are cast to its dtype, as
-    ``torch.nn.functional.linear`` does.
+    ``torch.nn.functional.linear`` does. Under ``torch.func.vmap`` the mapped axis becomes rows
+    where only ``x`` and ``context`` are mapped; under other transforms the plain path runs.
 
     Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, for weights made by a network; Hu et al.,
     "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, for the update's form.
@@ -123,6 +124,10 @@ def _run(tensors: list[Any], scale: float, implementation: str | None) -> Tensor
         plain = implementation == "torch" or (on_cpu and implementation is None)
     elif on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         plain = True
+    elif torch_functions.transformed(*tensors):
+        others = (t for t in tensors if t is not rows and t is not context)
+        fits = torch_functions.mapped(rows, context) and not torch_functions.mapped(*others)
+        plain = not fits
     else:
         decision = _decide(rows, weight, context, v_bias, "forward", implementation)
         if decision.implementation == "torch":
@@ -274,6 +279,19 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Te
         rows.new_empty((rows.shape[0], weight.shape[0])),
         rows.new_empty((rows.shape[0] if save else 0, width)),
     )
+
+
+@_forward_op.register_vmap
+def _(
+    info: Any, axes: tuple[Any, ...], *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """Of x and context alone: `_run` lets nothing else through."""
+    *tensors, scale, _save, implementation = arguments
+    size = info.batch_size
+    for index in (0, 3):
+        tensors[index] = torch_functions.folded(tensors[index], axes[index], size)
+    y = hyper_lora_linear(*tensors, scale=scale, implementation=implementation)
+    return (torch_functions.unfolded(y, size), y.new_empty(0)), (0, None)
 
 
 @torch.library.custom_op("ml_networks::hyper_lora_linear_backward", mutates_args=())

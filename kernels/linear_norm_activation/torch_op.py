@@ -81,6 +81,10 @@ def linear_norm_activation(
         no such name.
     UnsupportedImplementationError
         If the implementation asked for cannot run here.
+
+    Notes
+    -----
+    Under the transforms of ``torch.func`` as :func:`norm_activation`.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = getattr(x, "dtype", type(x).__name__)
@@ -108,9 +112,7 @@ def linear_norm_activation(
         eps = torch.finfo(exact).eps if norm == "rms" else 1e-5
     options = norm, norm_first, activation, float(eps), float(dropout)
     tensors = x, weight, bias, norm_weight, norm_bias, residual
-    if _takes_plain_path(
-        x, weight, options, residual is not None, implementation
-    ) or torch_functions.transformed(*tensors):
+    if _takes_plain_path(tensors, options, implementation):
         return _plain(*tensors, seed, *options, implementation)
     drawn = None
     if dropout > 0 and seed is None:
@@ -129,9 +131,12 @@ Options = tuple[str, bool, str, float, float]
 """norm, norm_first, activation, eps, dropout."""
 
 
-def _takes_plain_path(
-    x: Tensor, weight: Tensor, options: Options, residual: bool, implementation: str | None
-) -> bool:
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""x, weight, bias, norm_weight, norm_bias, residual."""
+
+
+def _takes_plain_path(tensors: Tensors, options: Options, implementation: str | None) -> bool:
+    x, weight, *_, residual = tensors
     on_cpu = x.is_cpu
     if torch.compiler.is_compiling():
         # The custom op decides at run time, so that a new number of rows changes no traced code;
@@ -141,7 +146,11 @@ def _takes_plain_path(
         return plain or (wide and implementation is None)
     if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         return True
-    decision = _decide(x.shape[:-1].numel(), x, weight, options, residual, implementation)
+    if torch_functions.transformed(*tensors):
+        fits = torch_functions.mapped(x, residual) and not torch_functions.mapped(*tensors[1:5])
+        return not fits or options[-1] > 0
+    rows = x.shape[:-1].numel()
+    decision = _decide(rows, x, weight, options, residual is not None, implementation)
     return decision.implementation == "torch" and not usage.recording()
 
 
@@ -308,6 +317,43 @@ def _(
     rows, outputs = x.shape[0], weight.shape[0]
     y = x.new_empty((rows, outputs // spec.parts(activation)))
     return y, x.new_empty((rows if keep else 0, outputs))
+
+
+@_forward_op.register_vmap
+def _(
+    info: Any,
+    axes: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    norm_first: bool,
+    activation: str,
+    eps: float,
+    dropout: float,
+    keep: bool,
+    implementation: str | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """Of x and the residual alone: `_takes_plain_path` lets nothing else through."""
+    size = info.batch_size
+    y = linear_norm_activation(
+        torch_functions.folded(x, axes[0], size),
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        None if residual is None else torch_functions.folded(residual, axes[5], size),
+        norm=norm,
+        norm_first=norm_first,
+        activation=activation,
+        eps=eps,
+        implementation=implementation,
+    )
+    return (torch_functions.unfolded(y, size), x.new_empty(0)), (0, None)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

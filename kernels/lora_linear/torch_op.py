@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core import dispatch, usage
+from ..core import dispatch, torch_functions, usage
 from ..core.arguments import plain_vjp, torch_tensors
 from ..core.device import torch_device
 from ..core.problem import Problem
@@ -74,7 +74,8 @@ def lora_linear(
     Notes
     -----
     Under ``torch.autocast`` all tensors but float64 ones are cast to its dtype, as
-    ``torch.nn.functional.linear`` does.
+    ``torch.nn.functional.linear`` does. Under ``torch.func.vmap`` a mapped ``x`` becomes samples,
+    with adapters that are shared or mapped likewise; under other transforms the plain path runs.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
@@ -108,6 +109,8 @@ def _run(
         plain = implementation == "torch" or (on_cpu and implementation is None)
     elif on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         plain = True
+    elif torch_functions.transformed(rows, weight, bias, u, v, gate):
+        plain = not _can_fold(rows, weight, bias, u, v, gate)
     else:
         decision = _decide(rows, weight, u, v, samples, "forward", implementation)
         if decision.implementation == "torch":
@@ -119,6 +122,22 @@ def _run(
     given = [value for value in (rows, weight, bias, u, v, gate) if value is not None]
     save = torch.is_grad_enabled() and any(value.requires_grad for value in given)
     return _forward_op(rows, weight, bias, u, v, gate, samples, scale, save, implementation)[0]
+
+
+def _can_fold(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+) -> bool:
+    """Whether a mapped axis can become samples: of the adapters all or none may be mapped, and
+    those of the examples cannot differ between the samples of an example too."""
+    mapped = torch_functions.mapped
+    if mapped(weight, bias) or not mapped(rows, u, v, gate) or not u.ndim == v.ndim == 2:
+        return False
+    return mapped(u) == mapped(v) and (not mapped(u) or gate is None or gate.shape[0] == 1)
 
 
 def _decide(
@@ -251,6 +270,39 @@ def _(
         rows.new_empty((count, weight.shape[0])),
         rows.new_empty((count if save else 0, u.shape[-1])),
     )
+
+
+@_forward_op.register_vmap
+def _(
+    info: Any,
+    axes: tuple[Any, ...],
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    samples: int,
+    scale: float,
+    save: bool,
+    implementation: str | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """Of what `_can_fold` lets through."""
+    size = info.batch_size
+    x = torch_functions.folded(rows, axes[0], size)
+    count = x.shape[0] // size
+    if gate is not None and axes[5] is not None:
+        gate = gate.movedim(axes[5], 0)
+    elif gate is not None:
+        gate = gate.expand(size, *gate.shape)
+    if axes[3] is not None:
+        x, u, v = x.unflatten(0, (size, count)), u.movedim(axes[3], 0), v.movedim(axes[4], 0)
+        gate = None if gate is None else gate.squeeze(1)
+    elif gate is not None:
+        x = x.unflatten(0, (size * samples, count // max(samples, 1)))
+        gate = gate.expand(size, samples, -1).flatten(0, 1)
+    y = lora_linear(x, weight, bias, u, v, gate, scale=scale, implementation=implementation)
+    return (y.reshape(size, count, y.shape[-1]), y.new_empty(0)), (0, None)
 
 
 @torch.library.custom_op("ml_networks::lora_linear_backward", mutates_args=())

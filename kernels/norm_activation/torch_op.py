@@ -90,7 +90,8 @@ def norm_activation(
     Notes
     -----
     NaN and infinity in a row make a normalised row NaN, as in torch. Repeated calls give the same
-    bits, gradients included. Under the transforms of ``torch.func`` the plain path runs.
+    bits, gradients included. Under ``torch.func.vmap`` the mapped axis becomes rows where weight
+    and bias are not mapped and nothing is dropped; under other transforms the plain path runs.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = getattr(x, "dtype", type(x).__name__)
@@ -104,9 +105,7 @@ def norm_activation(
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         eps = torch.finfo(exact).eps if norm == "rms" else 1e-5
     options = norm, activation, float(eps), float(dropout)
-    if _takes_plain_path(
-        x, width, residual, options, implementation
-    ) or torch_functions.transformed(x, weight, bias, residual):
+    if _takes_plain_path(x, width, weight, bias, residual, options, implementation):
         return _plain(x, weight, bias, residual, seed, *options)
     if dropout > 0:
         if seed is None:
@@ -125,7 +124,13 @@ Options = tuple[str, str, float, float]
 
 
 def _takes_plain_path(
-    x: Tensor, width: int, residual: Tensor | None, options: Options, implementation: str | None
+    x: Tensor,
+    width: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    implementation: str | None,
 ) -> bool:
     on_cpu = x.is_cpu
     if torch.compiler.is_compiling():
@@ -133,6 +138,9 @@ def _takes_plain_path(
         return implementation == "torch" or (on_cpu and implementation is None)
     if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         return True
+    if torch_functions.transformed(x, weight, bias, residual):
+        fits = torch_functions.mapped(x, residual) and not torch_functions.mapped(weight, bias)
+        return not fits or options[-1] > 0
     rows = x.shape[:-1].numel()
     decision = _decide(rows, width, x, options, residual is not None, "forward", implementation)
     return decision.implementation == "torch" and not usage.recording()
@@ -238,6 +246,36 @@ def _(
     *_: Any,
 ) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1] // spec.parts(activation)))
+
+
+@_forward_op.register_vmap
+def _(
+    info: Any,
+    axes: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    activation: str,
+    eps: float,
+    dropout: float,
+    implementation: str | None,
+) -> tuple[Tensor, int]:
+    """Of x and the residual alone: `_takes_plain_path` lets nothing else through."""
+    size = info.batch_size
+    y = norm_activation(
+        torch_functions.folded(x, axes[0], size),
+        weight,
+        bias,
+        None if residual is None else torch_functions.folded(residual, axes[3], size),
+        norm=norm,
+        activation=activation,
+        eps=eps,
+        implementation=implementation,
+    )
+    return torch_functions.unfolded(y, size), 0
 
 
 @torch.library.custom_op("ml_networks::norm_activation_backward", mutates_args=())
