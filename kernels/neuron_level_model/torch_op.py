@@ -282,7 +282,7 @@ def _plain_trace_gradient(of_z: Tensor, trace: Tensor, *weights: Any) -> Tensor:
 
 def _plain_weight_gradient(of_z: Tensor, trace: Tensor, *weights: Any) -> Four:
     of_first, of_second, hidden = _plain_gradients(of_z, trace, *weights)
-    of_weight2 = of_bias2 = of_z.new_empty(0)
+    of_weight2, of_bias2 = of_z.new_empty(0), of_z.new_empty(0)
     if weights[2] is not None:
         of_weight2, of_bias2 = hidden.mT @ of_second, of_second.sum(1)
     return trace.permute(1, 2, 0) @ of_first, of_first.sum(1), of_weight2, of_bias2

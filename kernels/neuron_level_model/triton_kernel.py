@@ -22,6 +22,8 @@ from ..core.triton_low_rank import dot, precision
 from .spec import Config, padded
 
 _PROGRAMS_PER_PROCESSOR = 2
+_UNSPECIALISED = ("rows", "tiles")
+"""They change from call to call and say nothing about addresses."""
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def _first_gradient(of_value, of_gate, to_value, to_gate, first, opened):
     return of_first, of_first * first * (1.0 - opened)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED[:1])
 def forward_kernel(
     of_z,
     trace,
@@ -148,12 +150,12 @@ def forward_kernel(
     bias2,
     z,
     rows,
+    neurons,
     of_z_row,
     of_z_neuron,
     trace_row,
     trace_neuron,
     trace_time,
-    NEURONS: tl.constexpr,
     MEMORY: tl.constexpr,
     HIDDEN: tl.constexpr,
     TIMES: tl.constexpr,
@@ -166,12 +168,12 @@ def forward_kernel(
 ):
     """The activations of one block of neurons and rows. ``GRADIENT``: instead, the gradients of
     value and gate of the last layer, (2, rows, neurons)."""
-    neuron_blocks: tl.constexpr = (NEURONS + BLOCK_NEURONS - 1) // BLOCK_NEURONS
+    neuron_blocks = tl.cdiv(neurons, BLOCK_NEURONS)
     program = tl.program_id(0)
     neuron = (program % neuron_blocks).to(tl.int64) * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
     row = (program // neuron_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     k = tl.arange(0, TIMES)
-    real = neuron < NEURONS
+    real = neuron < neurons
     mask = real[:, None] & (row < rows)[None, :]
     in_trace = mask[:, :, None] & (k < MEMORY)[None, None, :]
     place = _place(trace, neuron, row, k, trace_neuron, trace_row, trace_time)
@@ -180,18 +182,18 @@ def forward_kernel(
         x, weight1, bias1, weight2, bias2, neuron, real,
         MEMORY, HIDDEN, BLOCK_HIDDEN, PRECISION, UPCAST,
     )  # fmt: skip
-    target = z + (row * NEURONS)[None, :] + neuron[:, None]
+    target = z + (row * neurons)[None, :] + neuron[:, None]
     if GRADIENT:
         of_value, of_gate = _last_gradient(
             of_z, value, opened, neuron, row, mask, of_z_row, of_z_neuron
         )
         tl.store(target, of_value, mask=mask)
-        tl.store(target + tl.full([], NEURONS, tl.int64) * rows, of_gate, mask=mask)
+        tl.store(target + tl.full([], 1, tl.int64) * rows * neurons, of_gate, mask=mask)
     else:
         tl.store(target, (value * opened).to(z.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED[:1])
 def trace_gradient_kernel(
     of_z,
     trace,
@@ -201,6 +203,7 @@ def trace_gradient_kernel(
     bias2,
     into,
     rows,
+    neurons,
     of_z_row,
     of_z_neuron,
     trace_row,
@@ -209,7 +212,6 @@ def trace_gradient_kernel(
     into_row,
     into_neuron,
     into_time,
-    NEURONS: tl.constexpr,
     MEMORY: tl.constexpr,
     HIDDEN: tl.constexpr,
     TIMES: tl.constexpr,
@@ -221,12 +223,12 @@ def trace_gradient_kernel(
     ADD: tl.constexpr,
 ):
     """The gradient of the traces of one block of neurons and rows. ``ADD``: to what is there."""
-    neuron_blocks: tl.constexpr = (NEURONS + BLOCK_NEURONS - 1) // BLOCK_NEURONS
+    neuron_blocks = tl.cdiv(neurons, BLOCK_NEURONS)
     program = tl.program_id(0)
     neuron = (program % neuron_blocks).to(tl.int64) * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
     row = (program // neuron_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     k = tl.arange(0, TIMES)
-    real = neuron < NEURONS
+    real = neuron < neurons
     mask = real[:, None] & (row < rows)[None, :]
     in_trace = mask[:, :, None] & (k < MEMORY)[None, None, :]
     place = _place(trace, neuron, row, k, trace_neuron, trace_row, trace_time)
@@ -267,7 +269,7 @@ def trace_gradient_kernel(
     tl.store(target, of_x.to(into.dtype.element_ty), mask=in_trace)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def weight_gradient_kernel(
     of_last,
     trace,
@@ -280,10 +282,10 @@ def weight_gradient_kernel(
     of_bias2,
     rows,
     tiles,
+    neurons,
     trace_row,
     trace_neuron,
     trace_time,
-    NEURONS: tl.constexpr,
     MEMORY: tl.constexpr,
     HIDDEN: tl.constexpr,
     TIMES: tl.constexpr,
@@ -295,7 +297,7 @@ def weight_gradient_kernel(
 ):
     """``tiles`` blocks of rows: their share of the weights' gradients, of one block of neurons and
     of hidden units. ``of_last`` is what `forward_kernel` makes with ``GRADIENT``."""
-    neuron_blocks: tl.constexpr = (NEURONS + BLOCK_NEURONS - 1) // BLOCK_NEURONS
+    neuron_blocks = tl.cdiv(neurons, BLOCK_NEURONS)
     hidden_blocks: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN if HIDDEN else 1
     UNITS: tl.constexpr = BLOCK_HIDDEN if HIDDEN else TIMES
     program = tl.program_id(0)
@@ -304,7 +306,7 @@ def weight_gradient_kernel(
     part = (program // neuron_blocks // hidden_blocks).to(tl.int64)
     k = tl.arange(0, TIMES)
     unit = block * UNITS + tl.arange(0, UNITS)
-    real = neuron < NEURONS
+    real = neuron < neurons
     if HIDDEN:
         exists = real[:, None] & (unit < HIDDEN)[None, :]
         value_weight, gate_weight, value_bias, gate_bias = _first_weights(
@@ -328,9 +330,9 @@ def weight_gradient_kernel(
         in_trace = mask[:, :, None] & (k < MEMORY)[None, None, :]
         place = _place(trace, neuron, row, k, trace_neuron, trace_row, trace_time)
         x = tl.load(place, mask=in_trace, other=0.0)
-        source = of_last + (row * NEURONS)[None, :] + neuron[:, None]
+        source = of_last + (row * neurons)[None, :] + neuron[:, None]
         of_value = tl.load(source, mask=mask, other=0.0)
-        of_gate = tl.load(source + tl.full([], NEURONS, tl.int64) * rows, mask=mask, other=0.0)
+        of_gate = tl.load(source + tl.full([], 1, tl.int64) * rows * neurons, mask=mask, other=0.0)
         last_value_bias_sum += tl.sum(of_value, axis=1)
         last_gate_bias_sum += tl.sum(of_gate, axis=1)
         if HIDDEN:
@@ -351,32 +353,29 @@ def weight_gradient_kernel(
         last_value_sum += tl.sum(of_value[:, :, None] * inner, axis=1)
         last_gate_sum += tl.sum(of_gate[:, :, None] * inner, axis=1)
 
-    neuron += part * NEURONS
-    if HIDDEN == 0:
-        line = of_bias1 + 2 * neuron
-        lines = of_weight1 + (neuron * (2 * MEMORY))[:, None] + (2 * unit)[None, :]
-    else:
-        line = of_bias2 + 2 * neuron
-        lines = of_weight2 + (neuron * (2 * HIDDEN))[:, None] + (2 * unit)[None, :]
-        first_line = of_bias1 + (neuron * (2 * HIDDEN))[:, None] + unit[None, :]
-        tl.store(first_line, value_bias_sum, mask=exists)
-        tl.store(first_line + HIDDEN, gate_bias_sum, mask=exists)
+    neuron += part * neurons
+    if HIDDEN:
         place = of_weight1 + (neuron * (2 * MEMORY * HIDDEN))[:, None, None]
         place += (k * (2 * HIDDEN))[None, :, None] + unit[None, None, :]
         inside = exists[:, None, :] & (k < MEMORY)[None, :, None]
         tl.store(place, value_sum, mask=inside)
         tl.store(place + HIDDEN, gate_sum, mask=inside)
+        first_line = of_bias1 + (neuron * (2 * HIDDEN))[:, None] + unit[None, :]
+        tl.store(first_line, value_bias_sum, mask=exists)
+        tl.store(first_line + HIDDEN, gate_bias_sum, mask=exists)
+        line = of_bias2 + 2 * neuron
+        lines = of_weight2 + (neuron * (2 * HIDDEN))[:, None] + (2 * unit)[None, :]
+    else:
+        line = of_bias1 + 2 * neuron
+        lines = of_weight1 + (neuron * (2 * MEMORY))[:, None] + (2 * unit)[None, :]
     tl.store(lines, last_value_sum, mask=exists)
     tl.store(lines + 1, last_gate_sum, mask=exists)
     tl.store(line, last_value_bias_sum, mask=real & (block == 0))
     tl.store(line + 1, last_gate_bias_sum, mask=real & (block == 0))
 
 
-def _constants(
-    neurons: int, memory: int, hidden: int, config: Config, device: Device
-) -> dict[str, Any]:
+def _constants(memory: int, hidden: int, config: Config, device: Device) -> dict[str, Any]:
     return {
-        "NEURONS": neurons,
         "MEMORY": memory,
         "HIDDEN": hidden,
         "TIMES": padded(memory),
@@ -403,7 +402,7 @@ def _shared(
     """The tensors that every kernel reads, and its constants."""
     hidden = 0 if weight2 is None else weight2.shape[1]
     tensors = trace, weight1, bias1, weight1 if weight2 is None else weight2
-    constants = _constants(trace.shape[1], trace.shape[2], hidden, config, device)
+    constants = _constants(trace.shape[2], hidden, config, device)
     constants |= {"UPCAST": _upcast(trace.dtype, device), "num_warps": config.num_warps}
     constants["num_stages"] = 1
     return (*tensors, bias1 if bias2 is None else bias2), constants
@@ -427,7 +426,7 @@ def forward(
     tensors, constants = _shared(trace, weight1, bias1, weight2, bias2, config, device)
     z = torch.empty((rows, neurons), dtype=trace.dtype, device=trace.device)
     forward_kernel[(_blocks(rows, neurons, config),)](
-        z, *tensors, z, rows, *z.stride(), *trace.stride(), **constants, GRADIENT=False
+        z, *tensors, z, rows, neurons, *z.stride(), *trace.stride(), **constants, GRADIENT=False
     )
     return z
 
@@ -452,6 +451,7 @@ def trace_gradient(
         *tensors,
         into,
         rows,
+        neurons,
         *of_z.stride(),
         *trace.stride(),
         *into.stride(),
@@ -493,6 +493,7 @@ def weight_gradient(
         *tensors,
         of_last,
         rows,
+        neurons,
         *of_z.stride(),
         *trace.stride(),
         **constants,
@@ -514,6 +515,7 @@ def weight_gradient(
         *sums,
         rows,
         tiles,
+        neurons,
         *trace.stride(),
         **constants,
     )
@@ -534,23 +536,23 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     elif problem.direction == "weight_gradient":
         kernels.append((weight_gradient_kernel, parts * programs))
     element = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[problem.dtype]
-    integers = {"rows": rows, "tiles": tiles, "of_z_row": neurons, "of_z_neuron": 1}
+    integers = {"rows": rows, "tiles": tiles, "neurons": neurons}
+    integers |= {"of_z_row": neurons, "of_z_neuron": 1}
     for name in ("trace", "into"):
         strides = {"row": neurons, "neuron": 1, "time": rows * neurons}
         integers |= {f"{name}_{key}": size for key, size in strides.items()}
     gradient = problem.direction == "weight_gradient"
     constants = {
-        **_constants(neurons, memory, hidden, config, device),
+        **_constants(memory, hidden, config, device),
         "UPCAST": False,
         "ADD": True,
         "GRADIENT": gradient,
         # The launcher compiles an integer 1 in, and knows a multiple of 16.
-        **{key: 1 for key, value in integers.items() if value == 1 and key != "tiles"},
+        **{key: 1 for key, value in integers.items() if value == 1 and key not in _UNSPECIALISED},
     }
     types = {f"of_{name}{i}": "*fp32" for name in ("weight", "bias") for i in (1, 2)}
     types |= {"of_last": "*fp32"} | ({"z": "*fp32"} if gradient else {})
-    # ``tiles`` is not specialised: it changes with the device and says nothing about addresses.
-    aligned = [key for key, value in integers.items() if value % 16 == 0 and key != "tiles"]
+    aligned = [key for key, v in integers.items() if v % 16 == 0 and key not in _UNSPECIALISED]
     found = []
     for kernel, count in kernels:
         own = {key: value for key, value in constants.items() if key in kernel.arg_names}
