@@ -41,7 +41,12 @@ from ml_networks.jax.primitives import (
 )
 from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
-from ml_networks.kernels.jax import attention, fused_mlp, linear_norm_activation
+from ml_networks.kernels.jax import (
+    attention,
+    fused_mlp,
+    linear_norm_activation,
+    norm_activation_shuffle,
+)
 
 __all__ = [
     "ConvNormActivation",
@@ -313,6 +318,7 @@ class _Convolution(nnx.Module):
         self.dropout = make_dropout(cfg.dropout, rngs)
         self.norm_first = cfg.norm_first
         self.scale_factor = cfg.scale_factor
+        self.activation_name = cfg.activation
 
     def _normed(self, width: int, cfg: ConvConfig) -> int:
         """Channels where the norm stands, of the ``width`` that the convolution makes."""
@@ -360,8 +366,12 @@ class ConvNormActivation(_Convolution):
 
     def through(self, convolve: Callable[[Array], Array], x: Array) -> Array:
         """Map (B, C, H, W) or (C, H, W), with ``convolve`` in the place of the convolution."""
-        x = convolve(self.norm(x)) if self.norm_first else self.norm(convolve(x))
-        return self.dropout(self.activation(self._shuffle(x)))
+        if self.norm_first:
+            return self.dropout(self.activation(self._shuffle(convolve(self.norm(x)))))
+        x = convolve(x)
+        if jax.default_backend() != "cpu" and _is_one_tail(self, x):
+            return self.dropout(_one_tail(self, x, shuffle=self.scale_factor))
+        return self.dropout(self.activation(self._shuffle(self.norm(x))))
 
 
 @checked_keywords()
@@ -391,10 +401,48 @@ class ConvNormActivation1d(_Convolution):
     def through(self, convolve: Callable[[Array], Array], x: Array) -> Array:
         """Map (B, C, L) or (C, L), with ``convolve`` in the place of the convolution."""
         if self.norm_first:
-            x = self._shuffle(convolve(self.norm(x)))
-        else:
-            x = self.norm(self._shuffle(convolve(x)))
-        return self.dropout(self.activation(x))
+            return self.dropout(self.activation(self._shuffle(convolve(self.norm(x)))))
+        x = self._shuffle(convolve(x))
+        if jax.default_backend() != "cpu" and _is_one_tail(self, x):
+            return self.dropout(_one_tail(self, x))
+        return self.dropout(self.activation(self.norm(x)))
+
+
+def _is_one_tail(layer: Any, x: Array) -> bool:
+    """Whether norm and activation of a convolution, whose output is ``x``, are as they were made,
+    on a single device: XLA cannot divide a kernel among several. One value has no variance."""
+    return (
+        layer.activation_name in KERNEL_ACTIVATIONS
+        and type(layer.norm) in (BatchNorm, GroupNorm)
+        and type(layer.activation) is Activation
+        and x.ndim == 2 + layer.sides
+        and x.size > x.shape[1]
+        and jax.device_count() == 1
+    )
+
+
+def _one_tail(layer: Any, x: Array, residual: Array | None = None, **options: Any) -> Array:
+    """Norm, shuffle and activation of a convolution, whose output is ``x``, as one op."""
+    norm = layer.norm
+    tracks = type(norm) is BatchNorm and norm.mean is not None
+    training = not (tracks and norm.use_running_average)
+    if type(norm) is GroupNorm:
+        options |= {"norm": "group", "num_groups": norm.num_groups}
+    else:
+        options |= {"training": training, "momentum": norm.momentum}
+    y: Any = norm_activation_shuffle(
+        x,
+        None if norm.scale is None else norm.scale[...],
+        None if norm.bias is None else norm.bias[...],
+        residual,
+        running_mean=norm.mean[...] if tracks else None,
+        running_var=norm.var[...] if tracks else None,
+        eps=norm.eps,
+        **{"activation": layer.activation_name, **options},
+    )
+    if tracks and training:
+        y, norm.mean[...], norm.var[...] = y
+    return y
 
 
 class HorizonShuffle(nnx.Module):
@@ -474,10 +522,14 @@ class _ConvTranspose(nnx.Module):
         self.norm = _conv_norm(cfg, width)
         self.activation = Activation(cfg.activation, dim=-1 - self.sides, rngs=rngs)
         self.dropout = make_dropout(cfg.dropout, rngs)
+        self.activation_name = cfg.activation
 
     def __call__(self, x: Array) -> Array:
         """Map (B, C, H, W), or (B, C, L) in one dimension, to feature maps of the same rank."""
-        return self.dropout(self.activation(self.norm(self.conv(x))))
+        x = self.conv(x)
+        if jax.default_backend() != "cpu" and _is_one_tail(self, x):
+            return self.dropout(_one_tail(self, x))
+        return self.dropout(self.activation(self.norm(x)))
 
 
 @checked_keywords()
@@ -594,7 +646,28 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map (B, C, H, W) to feature maps of the same size (at stride 1)."""
-        return self.activation(self.shortcut(x) + self.conv2(self.conv1(x)))
+        last = self.conv2
+        if jax.default_backend() == "cpu" or last.norm_first or type(last.dropout) is not Identity:
+            return self.activation(self.shortcut(x) + last(self.conv1(x)))
+        shortcut, hidden = self.shortcut(x), last.conv(self.conv1(x))
+        if self._is_one_op(hidden, shortcut):
+            return self._one_op(hidden, shortcut)
+        tail = last.through(lambda value: value, hidden)
+        return self.activation(shortcut + tail)
+
+    def _is_one_op(self, hidden: Array, shortcut: Array) -> bool:
+        return (
+            type(self.activation) is Activation
+            and self.conv1.activation_name in KERNEL_ACTIVATIONS
+            and shortcut.dtype == hidden.dtype
+            and _is_one_tail(self.conv2, hidden)
+        )
+
+    def _one_op(self, hidden: Array, shortcut: Array) -> Array:
+        if is_glu(self.conv1.activation_name):
+            return _one_tail(self.conv2, hidden, shortcut)
+        name = self.conv1.activation_name
+        return _one_tail(self.conv2, hidden, shortcut, activation=name, residual_first=True)
 
 
 class _Heads(nnx.Module):

@@ -461,7 +461,7 @@ def op_arguments(
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the plain path in the op is for a CPU")
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]])
 def test_custom_ops_pass_opcheck(options: dict[str, Any]) -> None:
     forward, backward = op_arguments(options)
     torch.library.opcheck(torch_op._forward_op, forward)
