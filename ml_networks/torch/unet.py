@@ -189,18 +189,20 @@ class _ConditionalResidualBlock(nn.Module):
 
     def _is_one_op(self) -> bool:
         """Whether all that follows either convolution is one op."""
+        kind: Any = _CONV_NORM_ACTIVATION[self.sides]
+        layers: tuple[Any, Any] = (self.first_conv, self.last_conv)
         return all(
-            type(layer) is _CONV_NORM_ACTIVATION[self.sides]
-            and not _has_hooks(layer)
-            and layer._is_one_op()
-            for layer in (self.first_conv, self.last_conv)
+            type(layer) is kind and not _has_hooks(layer) and layer._is_one_op()
+            for layer in layers
         )
 
     def _one_op(self, x: Tensor, cond: Tensor) -> Tensor:
+        first: Any = self.first_conv
+        last: Any = self.last_conv
         code = self.cond_encoder(cond).flatten(1)
         scale, shift = code.chunk(2, 1) if self.cond_predict_scale else (None, code)
-        hidden = self.first_conv._one_op(x, scale=scale, shift=shift)
-        output: Tensor = self.last_conv._one_op(hidden, self.residual_conv(x))
+        hidden = first._one_op(x, scale=scale, shift=shift)
+        output: Tensor = last._one_op(hidden, self.residual_conv(x))
         return output
 
 
