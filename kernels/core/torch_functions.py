@@ -151,7 +151,9 @@ _NOTHING = nullcontext()
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Where ``tensor`` is, for code that keeps to its own dtypes; free where autocast is off."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    known = torch.amp.is_autocast_available(kind)
+    on = known and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else _NOTHING
 
 
 def transformed(*tensors: Tensor | None) -> bool:

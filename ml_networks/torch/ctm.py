@@ -26,9 +26,11 @@ from ml_networks.config import (
     HyperContinuousThoughtMachineConfig,
     as_config,
 )
+from ml_networks.kernels.torch import synchronisation
 from ml_networks.torch.base import Module
 from ml_networks.torch.ctm_backbones import ctm_backbone
-from ml_networks.torch.neurons import NeuronLevelModel
+from ml_networks.torch.ctm_loop import Loop, is_ordinary, layers_of, neuron_weights_of, think
+from ml_networks.torch.neurons import NeuronLevelModel, PreparedNeurons
 from ml_networks.torch.positions import positional_embedding
 from ml_networks.torch.synapses import HyperSynapseUNET, SynapseUNET, make_synapses
 
@@ -245,13 +247,18 @@ neuron_select_type, n_random_pairing_self, in_channels
             left, right = left[i], right[j]
         return torch.cat([left, right])
 
-    def _decay(self, kind: str, ticks: int) -> tuple[Tensor, Tensor]:
-        """Return r = exp(-decay) (n,) and 1 / sqrt(beta) after 1 ... ``ticks`` terms."""
-        decay = getattr(self, f"decay_params_{kind}")
+    def _decay(self, kind: str) -> Tensor:
+        """The decays of one synchronisation, clamped in place, as a CUDA graph needs it."""
+        decay: Tensor = getattr(self, f"decay_params_{kind}")
         with torch.no_grad():
             decay.clamp_(0, 15)
+        return decay
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Of the action neurons r = exp(-decay) (n,), and 1 / sqrt(beta) at each tick (T, n)."""
+        decay = self._decay("action")
         exact = decay.to(torch.promote_types(decay.dtype, torch.float32))
-        steps = torch.arange(ticks, device=decay.device, dtype=exact.dtype)
+        steps = torch.arange(self.iterations, device=decay.device, dtype=exact.dtype)
         beta = torch.exp(-exact * steps[:, None]).cumsum(0)
         return torch.exp(-decay), beta.rsqrt().to(decay.dtype)
 
@@ -341,31 +348,21 @@ neuron_select_type, n_random_pairing_self, in_channels
         """
         features = self.compute_features(x)
         dtype = self._compute_dtype(x.device.type)
+        neurons = cast(NeuronLevelModel, self.trace_processor[0]).prepared()
+        r, scale = self._sums()
         with _no_autocast(x.device.type):
             look = self._look(features.to(self.q_proj.weight.dtype))
-            synapses = self._hoisted_synapses(look, dtype)
-            look = look.to(dtype)
-        neurons = cast(NeuronLevelModel, self.trace_processor[0]).prepared()
-        ticks = self.iterations
-        r, scale = self._decay("action", ticks)
-        pairs = self._pairs("action")
-
-        z = self.start_activated_state.expand(len(x), -1)
-        trace = self.start_trace.expand(len(x), -1, -1)
-        alpha: Tensor | None = None
-        activations, tracked = [z], []
-        for tick in range(ticks):
-            left, right = z.index_select(1, pairs).chunk(2, 1)
-            alpha = left * right if alpha is None else torch.addcmul(left * right, r, alpha)
-            synchronisation = alpha * scale[tick]
-            read, weights = look(synchronisation)
-            state = synapses(read, z)
-            trace = torch.cat([trace[:, :, 1:], state.unsqueeze(-1)], -1)
-            z = neurons(trace)
-            activations.append(z)
+            loop = self._loop(look, neurons, r, scale, dtype)
+        tracked: list[tuple[Tensor, Tensor, Tensor]] = []
+        if loop is None:
+            activations, tracked = self._ticks(look, neurons, r, scale, dtype, track)
+        else:
+            activations, states, synchronisations = think(loop)
             if track:
-                tracked.append((synchronisation, state, weights.unsqueeze(-2)))
-        synchronised = self._synchronisation_out(torch.stack(activations))
+                attend = look.to(dtype)
+                weights = (attend(value)[1] for value in synchronisations)
+                tracked = list(zip(synchronisations, states, weights, strict=True))
+        synchronised = self._synchronisation_out(activations.to(r.dtype))
         logits = self.output_projector(synchronised)
         certainties = self.compute_certainty(logits)
         exact = torch.promote_types(logits.dtype, torch.float32)
@@ -374,8 +371,66 @@ neuron_select_type, n_random_pairing_self, in_channels
         if not track:
             return predictions, certainties, synchronised[-1]
         action, pre, attention = (_array(values) for values in zip(*tracked, strict=True))
-        post = _array(activations[1:])
-        return predictions, certainties, (_array(synchronised), action), pre, post, attention
+        post, out = _array(activations[1:]), _array(synchronised)
+        return predictions, certainties, (out, action), pre, post, attention[:, :, :, None]
+
+    def _loop(
+        self, look: _Look, neurons: PreparedNeurons, r: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Loop | None:
+        """All that the ticks use, for one function of autograd; None where that cannot be."""
+        layers, weights = layers_of(self.synapses), neuron_weights_of(neurons)
+        if layers is None or weights is None or look.dropout:
+            return None
+        layers = (layers[0]._replace(linear=self._first_layer(look)), *layers[1:])
+        look = look.to(dtype)
+        loop = Loop(
+            self._pairs("action"),
+            self.start_activated_state,
+            self.start_trace,
+            r,
+            scale,
+            look.keys,
+            look.values,
+            look.in_weight,
+            look.in_bias,
+            tuple(weight.to(dtype) for weight in weights),
+            tuple(
+                layer._replace(linear=tuple(weight.to(dtype) for weight in layer.linear))
+                for layer in layers
+            ),
+        )
+        return loop if is_ordinary(loop) else None
+
+    def _ticks(
+        self,
+        look: _Look,
+        neurons: PreparedNeurons,
+        r: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        track: bool,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """The loop over the modules: activations (1 + T, B, D) and, if tracked, of every tick
+        synchronisation of the action neurons, state and attention weights.
+        """
+        attend, synapses = look.to(dtype), self._hoisted_synapses(look, dtype)
+        batch, pairs = len(look.keys), self._pairs("action")
+        z = self.start_activated_state.expand(batch, -1)
+        trace = self.start_trace.expand(batch, -1, -1)
+        alpha: Tensor | None = None
+        activations, tracked = [z], []
+        for factor in scale:
+            left, right = z.index_select(1, pairs).chunk(2, 1)
+            alpha = left * right if alpha is None else torch.addcmul(left * right, r, alpha)
+            synchronised = alpha * factor
+            read, weights = attend(synchronised)
+            state = synapses(read, z)
+            trace = torch.cat([trace[:, :, 1:], state.unsqueeze(-1)], -1)
+            z = neurons(trace)
+            activations.append(z)
+            if track:
+                tracked.append((synchronised, state, weights))
+        return torch.stack(activations), tracked
 
     def _compute_dtype(self, device: str) -> torch.dtype:
         """The type in which the ticks multiply matrices."""
@@ -397,21 +452,25 @@ neuron_select_type, n_random_pairing_self, in_channels
                 return state
 
             return attend_first
-        first = cast(nn.Linear, synapses.first_projection[0])
-        attended, thought = first.weight.split([self.cfg.d_input, self.cfg.d_model], 1)
-        weight = torch.cat([attended @ look.out_weight, thought], 1).to(dtype)
-        bias = (attended @ look.out_bias + first.bias).to(dtype)
+        with _no_autocast(look.keys.device.type):
+            weight, bias = (value.to(dtype) for value in self._first_layer(look))
         return lambda read, z: synapses.from_first(F.linear(torch.cat([read, z], 1), weight, bias))
+
+    def _first_layer(self, look: _Look) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the synapses' first layer for what was read and z, the attention's
+        last projection multiplied in.
+        """
+        synapses: Any = self.synapses
+        is_unet = isinstance(synapses, SynapseUNET)
+        first = cast(nn.Linear, synapses.first_projection[0] if is_unet else synapses[1])
+        attended, thought = first.weight.split([self.cfg.d_input, self.cfg.d_model], 1)
+        weight = torch.cat([attended @ look.out_weight, thought], 1)
+        return weight, attended @ look.out_bias + first.bias
 
     def _synchronisation_out(self, activations: Tensor) -> Tensor:
         """Synchronisation (T, B, n) of the output neurons from all activations (1 + T, B, D)."""
-        left, right = activations.index_select(2, self._pairs("out")).chunk(2, 2)
-        first, *products = (left * right).unbind()
-        r, scale = self._decay("out", len(activations))
-        alphas = [first]
-        for product in products:
-            alphas.append(torch.addcmul(product, r, alphas[-1]))
-        return torch.stack(alphas[1:]) * scale[1:, None]
+        left, right = self._pairs("out").chunk(2)
+        return synchronisation(activations, left, right, self._decay("out"))[1:]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ml_networks._compat import checked_keywords
+from ml_networks.kernels.torch import neuron_level_model
 
 __all__ = ["NeuronLevelModel", "SuperLinear"]
 
@@ -55,6 +57,11 @@ class SuperLinear(nn.Module):
         weight = (self.w1 / self.T).permute(2, 0, 1).contiguous()
         return weight, (self.b1 / self.T).transpose(0, 1)
 
+    def norms_or_drops(self) -> bool:
+        """Whether a layer norm or dropout comes first, for which there is no kernel."""
+        drops = self.dropout.training and self.dropout.p > 0
+        return drops or not isinstance(self.layernorm, nn.Identity)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, in_dims) to (B, N, out_dims), or (B, N) for one output."""
         weight, bias = self.per_neuron()
@@ -95,9 +102,19 @@ class NeuronLevelModel(nn.Sequential):
         super().__init__(*layers, nn.Flatten(-2))
 
     def prepared(self) -> PreparedNeurons:
-        """Lay the weights out for many calls with the same weights."""
+        """Lay the weights out for many calls with the same weights; under autocast in its dtype,
+        to which every call would cast them."""
         layers = [layer for layer in self if isinstance(layer, SuperLinear)]
-        return PreparedNeurons(tuple((layer, *layer.per_neuron()) for layer in layers))
+        prepared = []
+        for layer in layers:
+            weight, bias = layer.per_neuron()
+            kind = weight.device.type
+            autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            if autocasts and weight.dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(kind)
+                weight, bias = weight.to(dtype), bias.to(dtype)
+            prepared.append((layer, weight, bias))
+        return PreparedNeurons(tuple(prepared))
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,16 @@ class PreparedNeurons:
 
     layers: tuple[tuple[SuperLinear, Tensor, Tensor], ...]
 
+    @cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The arguments of `neuron_level_model` after the first."""
+        pairs = [(weight, bias.squeeze(1)) for _, weight, bias in self.layers]
+        return tuple(tensor for pair in pairs for tensor in pair)
+
     def __call__(self, trace: Tensor) -> Tensor:
         """Map traces (B, N, memory_length) to activations (B, N)."""
+        if not any(layer.norms_or_drops() for layer, *_ in self.layers):
+            return neuron_level_model(trace, *self.weights)
         x = trace.transpose(0, 1)
         for layer, weight, bias in self.layers:
             x = F.glu(torch.baddbmm(bias, layer.layernorm(layer.dropout(x)), weight))
