@@ -109,12 +109,13 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
 
 
 def _config(problem: Problem) -> Config:
-    """A neuron for each warp, as the batched dot lays it out; eight are a sector of memory. The
-    sums of the weights' gradients take as many registers as the weights."""
-    weights, rows = 1024, 16
-    if problem.direction == "weight_gradient":
-        weights, rows = 512, 16 if problem.dtype == "float32" else 32
-    hidden = max(weights // padded(problem["memory"]), 16)
+    """A neuron for each warp, as the batched dot lays it out; eight are a sector of memory. Twice
+    the rows halve the traffic of weights, where the registers hold them. The sums of the weights'
+    gradients take as many registers as the weights."""
+    half, gradient = problem.dtype != "float32", problem.direction == "weight_gradient"
+    many = problem["rows"] > 16 and (half or problem.direction == "forward")
+    hidden = max((512 if gradient else 1024) // padded(problem["memory"]), 16)
+    rows = 32 if many or (half and gradient) else 16
     return Config(8, rows, min(hidden, padded(problem["hidden"])), 8)
 
 

@@ -82,7 +82,7 @@ def neuron_level_model(
         z = _plain(rows, *weights)
     else:
         z = _forward_op(rows, *weights, implementation)
-    return z.reshape(trace.shape[:-1])
+    return z if trace.dim() == 3 else z.reshape(trace.shape[:-1])
 
 
 def neuron_level_model_trace_gradient(
@@ -195,8 +195,8 @@ def _named(
 def _rows(named: Mapping[str, Tensor | None], into: Tensor | None = None) -> list[Any]:
     """The checked arguments, with one leading axis."""
     tensors = dict(zip(named, torch_tensors(named), strict=True))
-    shapes = {name: None if t is None else tuple(t.shape) for name, t in tensors.items()}
-    spec.check_shapes(shapes if into is None else {**shapes, "into": tuple(into.shape)})
+    shapes = {name: None if t is None else t.shape for name, t in tensors.items()}
+    spec.check_shapes(shapes if into is None else {**shapes, "into": into.shape})
     for name, kept in (("of_z", 1), ("trace", 2)):
         if name in tensors and tensors[name].dim() != kept + 1:
             shape = tensors[name].shape
