@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .attention.jax_op import attention
 from .binary_spherical_quantize.jax_op import BinarySphericalCodes, binary_spherical_quantize
+from .conv_shuffle.jax_op import conv_shuffle
 from .focal_frequency_loss.jax_op import focal_frequency_loss
+from .fused_mlp.jax_op import fused_mlp
 from .hyper_lora_linear.jax_op import hyper_lora_linear
 from .linear_norm_activation.jax_op import linear_norm_activation
 from .lora_linear.jax_op import lora_linear
@@ -18,7 +20,9 @@ __all__ = [
     "BinarySphericalCodes",
     "attention",
     "binary_spherical_quantize",
+    "conv_shuffle",
     "focal_frequency_loss",
+    "fused_mlp",
     "hyper_lora_linear",
     "linear_norm_activation",
     "lora_linear",

@@ -266,6 +266,8 @@ def not_supported_reasons(problem: Problem, implementation: str, device: Device)
             f"{problem['in_channels'] // groups} input channels: above {MAX_CHANNELS} the "
             "framework's convolution is the faster"
         )
+    if implementation == "pallas" and device.platform == "tpu":
+        reasons.append("a TPU kernel cannot gather the elements of a window")
     return reasons
 
 
@@ -294,6 +296,8 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
     chosen = Choice(fused, config(problem, device), "the convolution's result stays on the chip")
     if plain is None:
         return chosen
+    if problem.direction == "backward" and fused == "pallas":
+        return Choice(plain, None, "the gradients are XLA's convolutions")
     if problem.flag("per_sample", False):
         return replace(chosen, why="one batched product; the framework has a group a sample")
     groups = problem.flag("groups", 1)

@@ -86,12 +86,13 @@ def test_pallas_kernels_lower(op: str, target: str) -> None:
     jax = pytest.importorskip("jax", reason="jax is not installed")
     found = registry.get(op)
     binding = found.binding("jax")
-    lowered = 0
+    lowered = refused = 0
     for case in found.spec.CASES:
         for dtype in ("float32", "bfloat16"):
             problems = [case.problem(op, dtype, way) for way in found.spec.DIRECTIONS]
             chip = device.target(target)
             if any(found.spec.not_supported_reasons(p, "pallas", chip) for p in problems):
+                refused += 1
                 continue
             kinds = {"f": dtype, "b": "bool"}
             arrays = {
@@ -103,7 +104,8 @@ def test_pallas_kernels_lower(op: str, target: str) -> None:
             text = pallas.lower(call, arrays, target_name=target)
             assert "custom_call" in text
             lowered += 1
-    assert lowered, f"no case of {op} lowers for {target}"
+    # An op may leave a TPU to XLA altogether, with reasons.
+    assert lowered or (target == "tpu" and refused), f"no case of {op} lowers for {target}"
 
 
 def _call_and_pull(binding: registry.Binding, flags: dict, inputs: dict) -> object:

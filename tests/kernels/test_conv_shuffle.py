@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+jax = pytest.importorskip("jax", reason="jax is not installed")
 
+import jax.numpy as jnp  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from ml_networks.kernels import explain, record_usage  # noqa: E402
 from ml_networks.kernels.conv_shuffle import spec, torch_op  # noqa: E402
-from ml_networks.kernels.core import device  # noqa: E402
+from ml_networks.kernels.core import device, pallas  # noqa: E402
 from ml_networks.kernels.core.errors import UnsupportedImplementationError  # noqa: E402
+from ml_networks.kernels.jax import conv_shuffle as jax_conv_shuffle  # noqa: E402
 from ml_networks.kernels.torch import conv_shuffle  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -349,3 +352,38 @@ def test_usage_counts_both_directions() -> None:
         ("conv_shuffle", "forward"),
         ("conv_shuffle", "backward"),
     ]
+
+
+# JAX
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_transforms(implementation: str) -> None:
+    x, weight = (jnp.asarray(draw(*shape).cpu().numpy()) for shape in ((3, 2, 4), (3, 4, 2, 3)))
+
+    def loss(weight: jax.Array, x: jax.Array) -> jax.Array:
+        y = jax_conv_shuffle(
+            x, weight, padding=1, shuffle=2, activation="Tanh", implementation=implementation
+        )
+        return (y * y).sum()
+
+    def size(weight: jax.Array) -> jax.Array:
+        return (jax.grad(loss)(weight, x) ** 2).sum()
+
+    with pallas.interpret():
+        together = jax.jit(jax.grad(loss))(weight, x)
+        each = jax.jit(jax.vmap(jax.grad(loss)))(weight, x[:, None])
+        second = jax.jit(jax.grad(size))(weight)
+        nothing = jax.grad(loss)(weight[:0], x[:0])
+    np.testing.assert_allclose(each, together, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(second).all()
+    assert nothing.shape == (0, 4, 2, 3)
+
+
+def test_bad_arguments_are_named_in_jax() -> None:
+    with pytest.raises(ValueError, match="weight is for 3 samples and x has 2"):
+        jax_conv_shuffle(jnp.ones((2, 4, 5)), jnp.ones((3, 6, 4, 3)))
+    with pytest.raises(TypeError, match="x must be a floating-point array, got int32"):
+        jax_conv_shuffle(jnp.ones((2, 4, 5), jnp.int32), jnp.ones((6, 4, 3)))
+    with pytest.raises(UnsupportedImplementationError, match="65 input channels"):
+        jax_conv_shuffle(jnp.ones((1, 65, 3)), jnp.ones((4, 65, 1)), implementation="pallas")
