@@ -117,6 +117,14 @@ def test_no_rows_and_nan(where: tuple[str, str]) -> None:
     assert np.isfinite(np.delete(y, 3, 0)).all()
 
 
+@pytest.mark.parametrize("where", EVERY, ids="-".join)
+def test_repeated_calls_give_the_same_bits(where: tuple[str, str]) -> None:
+    inputs = inputs_of(("bias", "norm_weight", "norm_bias", "residual"))
+    of_y = draw(7, 12, seed=6)
+    first, second = (run(where, inputs, of_y, norm="rms", activation="SiLU") for _ in range(2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("implementation", TORCH)
 def test_strides_and_offsets_beyond_two_to_the_31(implementation: str) -> None:
     memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
@@ -278,9 +286,42 @@ def test_transforms(implementation: str) -> None:
         expected = [jax.jit(jax.grad(loss))(inputs, seed) for seed in seeds]
         together = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(inputs, seeds)
         _, scanned = jax.lax.scan(lambda c, s: (c, jax.grad(loss)(inputs, s)), 0, seeds)
+        kept = jax.jit(jax.grad(jax.checkpoint(loss)))(inputs, seeds[1])
+        axes = {"x": 1, "weight": None, "bias": 0, "norm_weight": None}
+        wide = {
+            k: v if axes[k] is None else jnp.stack([v] * 2, axes[k]) for k, v in inputs.items()
+        }
+        uneven, one = jax.jit(jax.vmap(loss, (axes, None)))(wide, 4), loss(inputs, 4)
         second = jax.jit(jax.grad(size))(inputs)
     for index, gradients in enumerate(expected):
         for name, value in gradients.items():
             for found in (together, scanned):
                 np.testing.assert_allclose(found[name][index], value, rtol=2e-4, atol=2e-4)
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(kept[name], value, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(uneven, [one] * 2, rtol=2e-5)
     assert all(np.isfinite(value).all() for value in second.values())
+
+
+def test_shard_map() -> None:
+    from jax.sharding import Mesh, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:1]), ("batch",))
+    inputs = {k: jnp.asarray(v) for k, v in inputs_of(("bias", "norm_weight")).items()}
+    specs = {name: PartitionSpec("batch" if name == "x" else None) for name in inputs}
+
+    def layer(values: dict[str, jax.Array]) -> jax.Array:
+        return jax_layer(**values, norm="layer", activation="GELU", implementation="pallas")
+
+    def sharded(values: dict[str, jax.Array]) -> jax.Array:
+        return jax.shard_map(
+            layer, mesh=mesh, in_specs=(specs,), out_specs=specs["x"], check_vma=False
+        )(values)
+
+    with pallas.interpret():
+        found, exact = (
+            jax.jit(jax.grad(lambda v, f=function: (f(v) ** 2).sum()))(inputs)
+            for function in (sharded, layer)
+        )
+    for name, value in exact.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
