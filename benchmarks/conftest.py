@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.peers_026 import Race
+from ml_networks.kernels.core.device import cpu
+from ml_networks.kernels.core.registry import Framework
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,8 +48,9 @@ def out(request: pytest.FixtureRequest) -> Path:
     return Path(request.config.getoption("--benchmark-out"))
 
 
-def collected_races(request: pytest.FixtureRequest, name: str) -> Iterator[list[Race]]:
-    """A list to collect races in; then their table is printed, and ``<name>.json`` written."""
+def collected_races(request: pytest.FixtureRequest, framework: Framework) -> Iterator[list[Race]]:
+    """A list to collect races in; then their table is printed, and ``<framework>_library.json``
+    written."""
     found: list[Race] = []
     yield found
     folder = Path(request.config.getoption("--benchmark-out"))
@@ -55,8 +58,9 @@ def collected_races(request: pytest.FixtureRequest, name: str) -> Iterator[list[
     rows = [
         asdict(result) | {"speedup": result.speedup, "fastest": result.fastest} for result in found
     ]
-    text = json.dumps(rows, indent=1)
-    (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+    setup = asdict(report.setup(cpu(), framework))
+    text = json.dumps({"setup": setup, "races": rows}, indent=1)
+    (folder / f"{framework}_library.json").write_text(f"{text}\n", encoding="utf-8")
     lines = [f"{'forward + backward, ms':<52}{'0.2.6':>9}{'ours':>9}{'ratio':>9}{'fastest':>9}"]
     for result in found:
         theirs, ours = (1e3 * median(times) for times in (result.theirs, result.ours))

@@ -19,7 +19,7 @@ pytest.importorskip("jax", reason="jax is not installed")
 @pytest.fixture(scope="module")
 def races(request: pytest.FixtureRequest) -> Iterator[list[Race]]:
     """Collects the results; prints the table and writes the JSON at the end."""
-    yield from collected_races(request, "jax_library")
+    yield from collected_races(request, "jax")
 
 
 @pytest.mark.parametrize("workload", JAX_WORKLOADS)

@@ -19,7 +19,7 @@ REQUIRED = {
 @pytest.fixture(scope="module")
 def races(request: pytest.FixtureRequest) -> Iterator[list[Race]]:
     """Collects the results; prints the table and writes the JSON at the end."""
-    yield from collected_races(request, "torch_library")
+    yield from collected_races(request, "torch")
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
