@@ -25,6 +25,7 @@ DIMENSIONS = ("batch", "channels", "height", "width")
 DIRECTIONS = ("forward", "backward")
 
 NORMS = ("batch", "group", "none")
+MAX_SAMPLE = 1 << 31
 MAX_CHANNELS = 2048
 """A Pallas program holds all channels of some positions; a wider one leaves its registers."""
 
@@ -127,7 +128,8 @@ def computes_statistics(problem: Problem) -> bool:
 
 def bucket(problem: Problem) -> Problem:
     """The tuning key: the batch up to a power of two; the rest is a model's constant. Elementwise
-    activations cost about the same, and so do shuffles by any factor."""
+    activations cost about the same, so do shuffles by any factor, and both layouts are read in
+    the order in which they lie."""
     dims = dict(problem.dims) | {"batch": power_of_two(problem["batch"])}
     norm, shuffle = problem.flag("norm", "batch"), problem.flag("shuffle", 0)
     if norm == "batch" and not computes_statistics(problem):
@@ -142,7 +144,6 @@ def bucket(problem: Problem) -> Problem:
         ("dropout", bool(problem.flag("dropout", 0.0))),
         ("residual_first", bool(first)),
         ("film", bool(problem.flag("film", False))),
-        ("channels_last", bool(problem.flag("channels_last", False))),
     )
     return replace(problem.with_dims(dims), flags=flags)
 
@@ -179,6 +180,8 @@ def not_supported_reasons(problem: Problem, implementation: str, device: Device)
             f"an unshuffle of {channels} channels, an odd number, puts value and gate of "
             "a gated activation at different positions"
         )
+    if channels * problem["height"] * problem["width"] >= MAX_SAMPLE:
+        reasons.append(f"a sample has {MAX_SAMPLE} elements or more; offsets in it have 32 bits")
     if film and abs(shuffle) > 1:
         reasons.append("scale and shift of samples are not summed through a shuffle")
     if implementation == "pallas":

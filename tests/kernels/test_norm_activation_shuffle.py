@@ -317,6 +317,8 @@ def test_explain_reports_the_choice() -> None:
     refused = explain(NAME, odd, flags=flags, device=hopper)
     assert refused.implementation == "torch"
     assert "odd" in str(refused.against)
+    large = explain(NAME, {**dims, "height": 1 << 12, "width": 1 << 12}, device=hopper)
+    assert "32 bits" in str(large.against)
     for direction, expected in (("forward", "xla"), ("backward", "pallas")):
         found = explain(NAME, dims, framework="jax", device=hopper, direction=direction)
         assert found.implementation == expected
