@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +122,7 @@ class PreparedNeurons:
 
     layers: tuple[tuple[SuperLinear, Tensor, Tensor], ...]
 
-    @cached_property
+    @property
     def weights(self) -> tuple[Tensor, ...]:
         """The arguments of `neuron_level_model` after the first."""
         pairs = [(weight, bias.squeeze(1)) for _, weight, bias in self.layers]

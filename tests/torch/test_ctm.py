@@ -13,15 +13,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ml_networks import HyperContinuousThoughtMachineConfig
 from ml_networks.torch import (
     ContinuousThoughtMachine,
     HyperContinuousThoughtMachine,
     HyperSynapseUNET,
+    LoRALinear,
     SuperLinear,
     SynapseUNET,
     ctm,
+    ctm_loop,
     positions,
 )
 from ml_networks.torch.ctm_backbones import ResNet, ShallowWide
@@ -139,7 +142,7 @@ def _assert_same(model: Any, x: Tensor) -> None:
     torch.manual_seed(6)
     reference = straightforward(model, x)
     for got, expected in zip(ours, reference, strict=True):
-        assert off(got, expected) < 1e-7
+        assert off(got, expected) < 1e-10
     expected_gradients = _gradients(reference, model, x)
     gradients = _gradients(ours, model, x)
     assert set(gradients) == set(expected_gradients)
@@ -147,11 +150,18 @@ def _assert_same(model: Any, x: Tensor) -> None:
     largest = max(float(g.abs().max()) for g in expected_gradients.values())
     for name, expected in expected_gradients.items():
         scale = max(float(expected.abs().max()), 1e-6 * largest)
-        assert float((gradients[name] - expected).abs().max()) / scale < 1e-7, name
+        assert float((gradients[name] - expected).abs().max()) / scale < 1e-10, name
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_straightforward_form(form: str, attention: str) -> None:
+    model = _built(**FORMS[form]).eval()
+    _assert_same(model, _input(model))
+
+
+@pytest.mark.parametrize("form", ["deep", "one-layer"])
+def test_the_loop_over_the_modules_equals_it_too(form: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ctm, "is_ordinary", lambda _: False)
     model = _built(**FORMS[form]).eval()
     _assert_same(model, _input(model))
 
@@ -169,8 +179,168 @@ def test_nothing_is_folded_through_dropout(
     _assert_same(model.train(), _input(model))
 
 
+@pytest.fixture(params=["whole", "modules"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two loops over ticks: one function of autograd, and that over the modules."""
+    if request.param == "modules":
+        monkeypatch.setattr(ctm, "is_ordinary", lambda _: False)
+    return str(request.param)
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    calls: list[Any] = []
+    monkeypatch.setattr(ctm, "think", lambda loop: calls.append(loop) or ctm_loop.think(loop))
+    return calls
+
+
+def _listening(model: Any) -> None:
+    model.synapses.down_projections[0][1].register_forward_hook(lambda *_: None)
+
+
+def _low_rank(model: Any) -> None:
+    up = model.synapses.up_projections[1]
+    up[1] = LoRALinear.from_linear(up[1], rank=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "alter", "whole"),
+    [
+        ({}, None, True),
+        ({"deep_nlms": False, "memory_length": 1}, None, True),
+        ({"synapse_depth": 1, "neuron_select_type": "random"}, None, True),
+        ({"hyper_layers": "all", "hyper_rank": 2}, None, True),
+        ({"dropout": 0.3}, None, True),
+        ({"dropout": 0.3}, lambda model: model.train(), False),
+        ({"dropout_nlm": 0.3}, lambda model: model.train(), False),
+        ({"do_layernorm_nlm": True}, None, False),
+        ({}, _listening, False),
+        ({}, _low_rank, False),
+    ],
+)
+def test_one_function_runs_the_ticks_that_it_knows(
+    changes: dict[str, Any], alter: Any, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = _counted(monkeypatch)
+    model = _built(in_channels=3, **changes).eval()
+    if alter is not None:
+        alter(model.double())
+    x = _input(model)
+    if whole:
+        _assert_same(model, x)
+    else:
+        model(x)
+    assert bool(calls) == whole
+
+
+def test_gradients_of_gradients(loop: str) -> None:
+    model = _built(in_channels=3, hyper_layers="bottleneck", iterations=3).eval()
+    x = _input(model).requires_grad_()
+    found = []
+    for form in (model, lambda x: straightforward(model, x)):
+        torch.manual_seed(5)
+        results = form(x)
+        loss = sum((v * torch.randn(v.shape, dtype=v.dtype)).sum() for v in results)
+        (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+        wanted = [p for n, p in model.named_parameters() if n != "output_projector.0.bias"]
+        found.append(torch.autograd.grad(of_x.square().sum(), wanted, allow_unused=True))
+    for got, expected in zip(*found, strict=True):
+        assert (got is None) == (expected is None)
+        if expected is not None and expected.abs().max() > 1e-12:
+            assert off(got, expected) < 1e-9
+
+
+def test_autocast_is_as_exact_as_over_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _counted(monkeypatch)
+    model = _built(in_channels=3, hyper_layers="bottleneck", d_model=64, iterations=8).eval()
+    x = _input(model)
+    exact = _gradients(model(x), model, x.requires_grad_())
+    model, x = model.float(), x.detach().float().requires_grad_()
+    errors = {}
+    for whole in (True, False):
+        monkeypatch.setattr(ctm, "is_ordinary", lambda _, whole=whole: whole)
+        with torch.autocast("cpu", torch.bfloat16):
+            results = model(x)
+        assert results[0].dtype == torch.float32
+        found = _gradients(tuple(value.float() for value in results), model, x)
+        assert {value.dtype for value in found.values()} == {torch.float32}
+        errors[whole] = sum(float((found[n] - exact[n]).norm() / exact[n].norm()) for n in exact)
+    assert len(calls) == 2
+    assert errors[True] < 1.2 * errors[False]
+
+
+def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = _counted(monkeypatch)
+    with torch.device("meta"):
+        ContinuousThoughtMachine(**EXAMPLE)(torch.empty(2, 3, 99, 99))
+    (loop,) = loops
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        results = ctm_loop.think(loop)
+    assert results[0].requires_grad
+    for tensor in loop.tensors():
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    widths = [1024, 880, 736, 592, 448, 304, 160, 16]
+    products = sum(widths) + sum(widths[:-1])  # the way down, the way up
+    a_tick = 4 * (products + 4 * 65 + 128 + 2 * 1024)  # read, sums, state and activations
+    assert a_tick == 42_960
+    assert sum(kept.values()) == 2 * (50 * a_tick + 4 * 1024 * (1 + 24))  # and the start
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_compilers_and_transforms_see_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _counted(monkeypatch)
+    model = _built(in_channels=3, iterations=2).eval()
+    x = _input(model)
+    expected, *_ = model(x)
+    (of_x,) = torch.autograd.grad(model(x.requires_grad_())[0].sum(), x)
+    del calls[:]
+    x = x.detach()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert off(compiled(x)[0], expected) < 1e-12
+
+    def total(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        predictions: Tensor = torch.func.functional_call(model, parameters, (x,))[0]
+        return predictions.sum()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = torch.func.grad(total, argnums=(0, 1))(parameters, x)
+    assert off(gradients[1], of_x) < 1e-9
+    with forward_ad.dual_level():
+        (predictions, *_) = model(forward_ad.make_dual(x, torch.ones_like(x)))
+        slope = forward_ad.unpack_dual(predictions).tangent.sum()
+    assert off(slope, of_x.sum()) < 1e-9
+    assert not calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("training", [True, False])
+def test_all_ticks_in_a_cuda_graph(training: bool) -> None:
+    model = _built(in_channels=3, hyper_layers="bottleneck").float().cuda().train(training)
+    x = torch.randn(2, 3, 9, 7, device="cuda")
+
+    def results() -> list[Tensor]:
+        predictions, certainties, synchronisation = model(x)
+        if training:
+            model.zero_grad()
+            (predictions.square().sum() + certainties.sum()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [v.clone() for v in (predictions, certainties, synchronisation, *gradients)]
+
+    model.requires_grad_(training)
+    expected = results()
+    torch.cuda.make_graphed_callables(model, (torch.zeros_like(x),))
+    for got, reference in zip(results(), expected, strict=True):
+        assert off(got, reference) < 1e-5
+
+
 @pytest.mark.parametrize("form", ["deep", "one-layer"])
-def test_track_returns_every_tick_as_arrays(form: str, attention: str) -> None:
+def test_track_returns_every_tick_as_arrays(form: str, loop: str) -> None:
     model = _built(**FORMS[form]).eval()
     x = _input(model)
     predictions, certainties, *tracked = model(x, track=True)
@@ -210,6 +380,7 @@ def test_the_example_has_its_size_and_never_asks_the_device() -> None:
     with torch.device("meta"):  # a value that the host asked for would raise
         model = ContinuousThoughtMachine(**EXAMPLE)
         predictions, certainties, synchronisation = model(torch.empty(4, 3, 99, 99))
+        (predictions.sum() + certainties.sum()).backward()
     assert count(model) == 8_511_992
     assert count(model.synapses) == 6_218_160
     assert count(model.trace_processor) == 1_771_522
