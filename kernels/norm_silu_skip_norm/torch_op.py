@@ -133,10 +133,10 @@ def _plain(
     eps: float,
 ) -> Tensor:
     """The op in ordinary torch operations, differentiable any number of times."""
-    with torch.autocast(x.device.type, enabled=False):
-        size = x.shape[-1:]
-        y = F.silu(F.layer_norm(x, size, weight.to(x.dtype), bias.to(x.dtype), eps)) + skip
-        return F.layer_norm(y, size, skip_weight.to(x.dtype), skip_bias.to(x.dtype), eps)
+    size = x.shape[-1:]
+    y = F.silu(F.layer_norm(x, size, weight.to(x.dtype), bias.to(x.dtype), eps)) + skip
+    y = F.layer_norm(y, size, skip_weight.to(y.dtype), skip_bias.to(y.dtype), eps)
+    return y.to(x.dtype)  # autocast makes it float32
 
 
 @torch.library.custom_op("ml_networks::norm_silu_skip_norm", mutates_args=())

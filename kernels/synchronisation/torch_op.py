@@ -148,18 +148,17 @@ def _plain(
     """The op in ordinary torch operations, differentiable any number of times."""
     dtype = _dtype(activations, decay)
     exact = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(activations.device.type, enabled=False):
-        pairs = torch.cat([left, right])
-        one, other = activations.index_select(2, pairs).to(exact).chunk(2, 2)
-        alpha, *products = (one * other).unbind()
-        decay = decay.to(exact)
-        r, betas = torch.exp(-decay), _betas(decay, elapsed + len(activations))
-        if previous is not None:
-            alpha = torch.addcmul(alpha, r, previous.to(exact) * betas[elapsed - 1].sqrt())
-        alphas = [alpha]
-        for product in products:
-            alphas.append(torch.addcmul(product, r, alphas[-1]))
-        return (torch.stack(alphas) * betas[elapsed:, None].rsqrt()).to(dtype)
+    pairs = torch.cat([left, right])
+    one, other = activations.index_select(2, pairs).to(exact).chunk(2, 2)
+    alpha, *products = (one * other).unbind()
+    decay = decay.to(exact)
+    r, betas = torch.exp(-decay), _betas(decay, elapsed + len(activations))
+    if previous is not None:
+        alpha = torch.addcmul(alpha, r, previous.to(exact) * betas[elapsed - 1].sqrt())
+    alphas = [alpha]
+    for product in products:
+        alphas.append(torch.addcmul(product, r, alphas[-1]))
+    return (torch.stack(alphas) * betas[elapsed:, None].rsqrt()).to(dtype)
 
 
 @torch.library.custom_op("ml_networks::synchronisation", mutates_args=())
@@ -338,14 +337,11 @@ def _second_gradient(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         activations, decay, previous, of_s = given
         s = _plain(activations, left, right, decay, previous, ctx.elapsed)
         wanted = [value for value in (activations, decay, previous) if value is not None]
-        found = iter(torch.autograd.grad(s, wanted, of_s, create_graph=True))
-        return [
-            value if value is None else next(found) for value in (activations, decay, previous)
-        ]
+        return list(torch.autograd.grad(s, wanted, of_s, create_graph=True))
 
     given = activations, decay, previous, of_s
-    cotangents = cotangents if previous is not None else cotangents[:2]
-    found = arguments.plain_vjp(gradients, given, cotangents)
+    kept = cotangents if previous is not None else cotangents[:2]
+    found = arguments.plain_vjp(gradients, given, kept)
     of_activations, of_decay, of_previous, of_of_s = found
     return of_activations, None, None, of_decay, of_previous, None, None, of_of_s, None, None
 
