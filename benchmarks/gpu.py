@@ -8,6 +8,7 @@ with the same DIR goes on where the first ended. What comes out:
 
     DIR/tuned/<device>/<op>.json    to be copied to kernels/tuned/
     DIR/benchmarks/results.json     and a picture of each op
+    DIR/benchmarks/ctm-gpu-*.json   the Continuous Thought Machine, in a CUDA graph and not
     DIR/summary.json                what ran and how it ended
     DIR/report.tar.gz               all of it, with the logs
 
@@ -53,7 +54,8 @@ STEPS = (
     Step("tune torch", 0.35),
     Step("bench torch", 0.55),
     Step("tune jax", 0.5),
-    Step("bench jax", 1.0),
+    Step("bench jax", 0.8),
+    Step("ctm torch", 1.0),
 )
 
 
@@ -80,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     smoke = chosen.device == "cpu"
     if chosen.step:
         kind, _, framework = chosen.step.partition(" ")
-        return {"conformance": conformance, "tune": tune, "bench": bench}[kind](
-            framework, chosen.out, chosen.seconds, smoke
-        )
+        steps = {"conformance": conformance, "tune": tune, "bench": bench, "ctm": ctm}
+        return steps[kind](framework, chosen.out, chosen.seconds, smoke)
     if not smoke and (missing := _no_gpu()):
         print(f"benchmarks.gpu: {missing}; --device cpu checks this program", file=sys.stderr)
         return 2
@@ -248,6 +249,14 @@ def bench(framework: str, out: Path, seconds: float, smoke: bool) -> int:
         console.print(table)
     print(f"{len(rows)} rows")
     return int(not rows)
+
+
+def ctm(framework: str, out: Path, seconds: float, smoke: bool) -> int:
+    """The Continuous Thought Machine's loop, in a CUDA graph and not; skipped without a GPU."""
+    import pytest
+
+    arguments = ["benchmarks/test_ctm_speed.py", "-q", "-p", "no:cacheprovider", "-k", "graph"]
+    return int(pytest.main([*arguments, f"--benchmark-out={out / 'benchmarks'}"]))
 
 
 def _pack(out: Path) -> None:

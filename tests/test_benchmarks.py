@@ -307,6 +307,7 @@ def test_a_step_that_fails_does_not_stop_the_others_and_is_run_again(
         "bench torch": "failed",
         "tune jax": "ok",
         "bench jax": "ok",
+        "ctm torch": "failed",
     }
     assert "tune torch    failed" in capsys.readouterr().out
     with tarfile.open(out / "report.tar.gz") as archive:
