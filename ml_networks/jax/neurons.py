@@ -13,6 +13,7 @@ from ml_networks._compat import checked_keywords
 from ml_networks.jax.layers import Identity, make_dropout
 from ml_networks.jax.primitives import LayerNorm
 from ml_networks.jax.rngs import RngsLike, as_rngs
+from ml_networks.kernels.jax import neuron_level_model
 
 __all__ = ["NeuronLevelModel", "SuperLinear"]
 
@@ -63,6 +64,11 @@ class SuperLinear(nnx.Module):
         """Return weight (N, in, out) and bias (N, out), both divided by T."""
         scale = self.T[...]
         return (self.w1[...] / scale).transpose(2, 0, 1), (self.b1[...] / scale)[0]
+
+    def norms_or_drops(self) -> bool:
+        """Whether a layer norm or dropout comes first, for which there is no kernel."""
+        drops = isinstance(self.dropout, nnx.Dropout) and not self.dropout.deterministic
+        return drops or not isinstance(self.layernorm, Identity)
 
     def __call__(self, x: Array) -> Array:
         """Map (B, N, in_dims) to (B, N, out_dims), or (B, N) for one output."""
@@ -126,6 +132,10 @@ class NeuronLevelModel(nnx.Module):
         ``weights`` is what :meth:`per_neuron` returned, for many calls with the same weights.
         """
         weights = self.per_neuron() if weights is None else weights
+        # XLA cannot divide a kernel among several devices.
+        if jax.device_count() == 1 and not any(layer.norms_or_drops() for layer in self.layers):
+            arrays = [array.astype(trace.dtype) for pair in weights for array in pair]
+            return neuron_level_model(trace, *arrays)
         x = trace
         for layer, (weight, bias) in zip(self.layers, weights, strict=True):
             x = jax.nn.glu(layer.apply(x, weight, bias))
