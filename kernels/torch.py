@@ -6,6 +6,7 @@ from .attention.torch_op import attention
 from .binary_spherical_quantize.torch_op import BinarySphericalCodes, binary_spherical_quantize
 from .conv_shuffle.torch_op import conv_shuffle
 from .focal_frequency_loss.torch_op import focal_frequency_loss
+from .fused_mlp.torch_op import fused_mlp
 from .hyper_lora_linear.torch_op import hyper_lora_linear
 from .linear_norm_activation.torch_op import linear_norm_activation
 from .lora_linear.torch_op import lora_linear
@@ -25,6 +26,7 @@ __all__ = [
     "binary_spherical_quantize",
     "conv_shuffle",
     "focal_frequency_loss",
+    "fused_mlp",
     "hyper_lora_linear",
     "linear_norm_activation",
     "lora_linear",

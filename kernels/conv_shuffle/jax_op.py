@@ -149,8 +149,9 @@ def _shuffled(z: Array, call: Call) -> Array:
     batch, rows, columns, channels = z.shape
     fy, fx = call.sizes.factor
     if call.options.shuffle > 0:
-        z = z.reshape(batch, rows, columns, -1, fy, fx).transpose(0, 1, 4, 2, 5, 3)
-        return z.reshape(batch, rows * fy, columns * fx, -1)
+        kept = channels // (fy * fx)
+        z = z.reshape(batch, rows, columns, kept, fy, fx).transpose(0, 1, 4, 2, 5, 3)
+        return z.reshape(batch, rows * fy, columns * fx, kept)
     if call.options.shuffle < 0:
         z = z.reshape(batch, rows // fy, fy, columns // fx, fx, channels)
         z = z.transpose(0, 1, 3, 5, 2, 4)

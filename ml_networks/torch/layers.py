@@ -24,6 +24,7 @@ from ml_networks.config import (
 )
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
 from ml_networks.kernels.torch import (
+    conv_shuffle,
     fused_mlp,
     linear_norm_activation,
     norm_activation_shuffle,
@@ -294,7 +295,9 @@ class ConvNormActivation(nn.Module):
     as large; with s < 0 a pixel unshuffle makes it |s| times as small. An activation with "glu"
     in its name gets twice the channels and halves them. On a GPU all that follows the convolution
     is one op where there is a norm, :func:`ml_networks.kernels.torch.norm_activation_shuffle`,
-    which also draws the dropout; activations with weights (PReLU, ...) keep to separate steps.
+    which also draws the dropout. With none, convolution, shuffle and activation are one op,
+    :func:`ml_networks.kernels.torch.conv_shuffle`. Activations with weights (PReLU, ...) keep to
+    separate steps.
 
     Parameters
     ----------
@@ -332,8 +335,11 @@ class ConvNormActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) or (C, H, W) to feature maps of the same rank."""
-        if x.is_cuda and x.dim() == 4 and self._is_one_op():
-            return self._one_op(x)
+        if x.is_cuda and x.dim() == 4:
+            if self._is_one_op():
+                return self._one_op(x)
+            if _is_one_convolution(self, self.pixel_shuffle):
+                return _one_convolution(self, x)
         x = self.conv(self.norm(x)) if self.norm_first else self.norm(self.conv(x))
         output: Tensor = self.dropout(self.activation(self.pixel_shuffle(x)))
         return output
@@ -391,6 +397,51 @@ def _one_tail(layer: Any, x: Tensor, residual: Tensor | None = None, **options: 
         dropout=getattr(layer.dropout, "p", 0.0) if layer.dropout.training else 0.0,
         **{"activation": layer.cfg.activation, **options},
     )
+
+
+def _is_one_convolution(layer: Any, shuffle: nn.Module) -> bool:
+    """Whether a convolution without a norm behind it, shuffle and activation are as they were
+    made: nothing replaced, hooked or sharded."""
+    conv = layer.conv
+    return (
+        (layer.norm_first or type(layer.norm) is nn.Identity)
+        and layer.cfg.activation in KERNEL_ACTIVATIONS
+        and (type(conv) in (nn.Conv1d, nn.Conv2d) or is_per_sample(conv))
+        and (type(conv.weight) is nn.Parameter or is_per_sample(conv))
+        and type(layer.activation) is Activation
+        and type(shuffle) in (*_SHUFFLES, HorizonShuffle, HorizonUnShuffle)
+        and not any(_has_hooks(child) for child in (conv, layer.norm, layer.activation, shuffle))
+    )
+
+
+def is_per_sample(conv: nn.Module) -> bool:
+    """Whether the weight of a convolution has a batch axis, as hypernetworks make it."""
+    sides = 1 if isinstance(conv, nn.Conv1d) else 2
+    return isinstance(conv, (nn.Conv1d, nn.Conv2d)) and conv.weight.dim() == sides + 3
+
+
+def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, **options: Any) -> Tensor:
+    """A convolution of the same geometry along both sides, and what follows it, as one op."""
+    padding: Any = conv.padding
+    return conv_shuffle(
+        x,
+        conv.weight,
+        conv.bias,
+        stride=conv.stride[0],
+        padding=padding[0],
+        dilation=conv.dilation[0],
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        **options,
+    )
+
+
+def _one_convolution(layer: Any, x: Tensor) -> Tensor:
+    """Convolution, shuffle and activation as one op, then the dropout."""
+    x = layer.norm(x) if layer.norm_first else x
+    name, factor = layer.cfg.activation, layer.cfg.scale_factor
+    output: Tensor = layer.dropout(convolve(layer.conv, x, shuffle=factor, activation=name))
+    return output
 
 
 _MAP_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Identity)
@@ -477,8 +528,11 @@ class ConvNormActivation1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, L) or (C, L) to feature maps of the same rank."""
-        if x.is_cuda and x.dim() == 3 and self._is_one_op():
-            return self._one_op(x)
+        if x.is_cuda and x.dim() == 3:
+            if self._is_one_op():
+                return self._one_op(x)
+            if _is_one_convolution(self, self.horizontal_shuffle):
+                return _one_convolution(self, x)
         if self.norm_first:
             x = self.horizontal_shuffle(self.conv(self.norm(x)))
         else:

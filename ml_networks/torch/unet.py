@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,6 +22,8 @@ from ml_networks.torch.layers import (
     HorizonShuffle,
     HorizonUnShuffle,
     _has_hooks,
+    convolve,
+    is_per_sample,
 )
 
 __all__ = [
@@ -244,41 +245,14 @@ class ConditionalResidualBlock2d(_ConditionalResidualBlock):
     sides = 2
 
 
-def _per_sample(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply `conv`, whose weight and bias have a batch dimension in front, sample by sample."""
-    batch, sides = x.shape[0], x.dim() - 2
-    padding: Any = conv.padding
-    if conv.padding_mode != "zeros":
-        x = F.pad(x, [n for n in reversed(padding) for _ in range(2)], mode=conv.padding_mode)
-        padding = 0
-    convolution = F.conv1d if sides == 1 else F.conv2d
-    weight, bias = conv.weight, conv.bias
-    if batch == 0:  # nothing to convolve, but gradients still reach the weights
-        bias = None if bias is None else bias.sum(0)
-        return convolution(
-            x, weight.sum(0), bias, conv.stride, padding, conv.dilation, conv.groups
-        )
-    # A batch of different convolutions is one convolution with a group for each sample.
-    output = convolution(
-        x.reshape(1, -1, *x.shape[2:]),
-        weight.flatten(0, 1),
-        None if bias is None else bias.flatten(),
-        conv.stride,
-        padding,
-        conv.dilation,
-        batch * conv.groups,
-    )
-    return output.reshape(batch, -1, *output.shape[2:])
-
-
 class _PerSampleConv1d(nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
-        return _per_sample(self, input) if self.weight.dim() == 4 else super().forward(input)
+        return convolve(self, input) if is_per_sample(self) else super().forward(input)
 
 
 class _PerSampleConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        return _per_sample(self, input) if self.weight.dim() == 5 else super().forward(input)
+        return convolve(self, input) if is_per_sample(self) else super().forward(input)
 
 
 class _HyperConditionalResidualBlock(nn.Module):
@@ -336,7 +310,8 @@ class HyperConditionalResidualBlock1d(_HyperConditionalResidualBlock):
 
     ``y = conv2(conv1(x)) + shortcut(x)``: weight and bias of the two convolutions are
     ``W + h(c)``, with a learnt W and a :class:`~ml_networks.torch.HyperNet` h that starts small.
-    All samples run in one grouped convolution.
+    All samples run in one op, :func:`ml_networks.kernels.torch.conv_shuffle`: a batched product on
+    a GPU, a convolution with a group for each sample elsewhere.
 
     Parameters
     ----------
