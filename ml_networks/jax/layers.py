@@ -647,20 +647,22 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Map (B, C, H, W) to feature maps of the same size (at stride 1)."""
         last = self.conv2
-        if jax.default_backend() == "cpu" or last.norm_first or type(last.dropout) is not Identity:
+        if jax.default_backend() == "cpu" or not self._may_be_one_op():
             return self.activation(self.shortcut(x) + last(self.conv1(x)))
         shortcut, hidden = self.shortcut(x), last.conv(self.conv1(x))
-        if self._is_one_op(hidden, shortcut):
+        if shortcut.dtype == hidden.dtype and _is_one_tail(last, hidden):
             return self._one_op(hidden, shortcut)
         tail = last.through(lambda value: value, hidden)
         return self.activation(shortcut + tail)
 
-    def _is_one_op(self, hidden: Array, shortcut: Array) -> bool:
+    def _may_be_one_op(self) -> bool:
+        """Whether the sum and all between it and the last convolution are as they were made."""
         return (
-            type(self.activation) is Activation
+            type(self.conv2) is ConvNormActivation
+            and not self.conv2.norm_first
+            and type(self.conv2.dropout) is Identity
+            and type(self.activation) is Activation
             and self.conv1.activation_name in KERNEL_ACTIVATIONS
-            and shortcut.dtype == hidden.dtype
-            and _is_one_tail(self.conv2, hidden)
         )
 
     def _one_op(self, hidden: Array, shortcut: Array) -> Array:
