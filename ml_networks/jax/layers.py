@@ -43,6 +43,7 @@ from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
 from ml_networks.kernels.jax import (
     attention,
+    conv_shuffle,
     fused_mlp,
     linear_norm_activation,
     norm_activation_shuffle,
@@ -330,6 +331,9 @@ class _Convolution(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map (B, C, *sides) or (C, *sides) to feature maps of the same rank."""
+        if jax.default_backend() != "cpu" and _is_one_convolution(self, x):
+            bias = None if self.conv.bias is None else self.conv.bias[...]
+            return _one_convolution(self, x, self.conv.kernel[...], bias)
         return self.through(self.conv, x)
 
     def _shuffle(self, x: Array) -> Array:
@@ -406,6 +410,42 @@ class ConvNormActivation1d(_Convolution):
         if jax.default_backend() != "cpu" and _is_one_tail(self, x):
             return self.dropout(_one_tail(self, x))
         return self.dropout(self.activation(self.norm(x)))
+
+
+def _is_one_convolution(layer: Any, x: Array) -> bool:
+    """Whether a convolution without a norm behind it and its activation are as they were made, on
+    a single device."""
+    return (
+        (layer.norm_first or type(layer.norm) is Identity)
+        and layer.activation_name in KERNEL_ACTIVATIONS
+        and type(layer.conv) is Conv
+        and type(layer.activation) is Activation
+        and x.ndim == 2 + layer.sides
+        and jax.device_count() == 1
+    )
+
+
+def convolve(conv: Conv, x: Array, kernel: Array, bias: Array | None, **options: Any) -> Array:
+    """A convolution of the same geometry along both sides, with another kernel and bias, which may
+    have a batch axis, and what follows it, as one op."""
+    return conv_shuffle(
+        x,
+        jnp.moveaxis(kernel, (-1, -2), (-2 - conv.sides, -1 - conv.sides)).astype(x.dtype),
+        None if bias is None else bias.astype(x.dtype),
+        stride=conv.stride[0],
+        padding=conv.padding[0],
+        dilation=conv.dilation[0],
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        **options,
+    )
+
+
+def _one_convolution(layer: Any, x: Array, kernel: Array, bias: Array | None) -> Array:
+    """Convolution, shuffle and activation as one op, then the dropout."""
+    x = layer.norm(x) if layer.norm_first else x
+    name, factor = layer.activation_name, layer.scale_factor
+    return layer.dropout(convolve(layer.conv, x, kernel, bias, shuffle=factor, activation=name))
 
 
 def _is_one_tail(layer: Any, x: Array) -> bool:

@@ -20,7 +20,14 @@ from ml_networks.config import ConvConfig, MLPConfig, UNetConfig, as_config
 from ml_networks.jax.attention import Attention1d, Attention2d
 from ml_networks.jax.base import BaseModule
 from ml_networks.jax.hypernetworks import HyperNet
-from ml_networks.jax.layers import ConvNormActivation, ConvNormActivation1d, Identity
+from ml_networks.jax.layers import (
+    ConvNormActivation,
+    ConvNormActivation1d,
+    Identity,
+    _is_one_convolution,
+    _one_convolution,
+    convolve,
+)
 from ml_networks.jax.primitives import (
     Conv,
     ConvTranspose,
@@ -292,12 +299,17 @@ class _HyperConditionalResidualBlock(nnx.Module):
             kernel = layer.conv.kernel[...] + jnp.moveaxis(weight, (1, 2), (-1, -2))
             if layer.conv.bias is not None:
                 bias = layer.conv.bias[...] + bias
-            x = layer.through(partial(_per_sample, layer.conv, kernel, bias), x)
+            if jax.default_backend() != "cpu" and _is_one_convolution(layer, x):
+                x = _one_convolution(layer, x, kernel, bias)
+            else:
+                x = layer.through(partial(_per_sample, layer.conv, kernel, bias), x)
         return with_channels_last(jnp.add, x, shortcut)
 
 
 def _per_sample(conv: Conv, kernel: Array, bias: Array | None, x: Array) -> Array:
     """Apply `conv` with a kernel and a bias for each sample, (batch, *shape)."""
+    if jax.default_backend() != "cpu" and jax.device_count() == 1:
+        return convolve(conv, x, kernel, bias)
 
     def run(x: Array, kernel: Array, bias: Array | None) -> Array:
         return conv.convolve(x[None], kernel, bias)[0]
@@ -311,7 +323,8 @@ class HyperConditionalResidualBlock1d(_HyperConditionalResidualBlock):
 
     ``y = conv2(conv1(x)) + shortcut(x)``: weight and bias of the two convolutions are
     ``W + h(c)``, with a learnt W and a :class:`~ml_networks.jax.HyperNet` h that starts small.
-    All samples run in one grouped convolution.
+    All samples run in one op, :func:`ml_networks.kernels.jax.conv_shuffle`, on a GPU, and in one
+    grouped convolution elsewhere.
 
     Parameters
     ----------
