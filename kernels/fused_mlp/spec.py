@@ -35,48 +35,29 @@ CASES = (
     Case(
         "layer-gelu-small",
         "small",
-        {"rows": 32, "in_features": 24, "width": 64, "out_features": 8, "layers": 2},
-        {"norm": "layer", "activation": "GELU"},
+        {"rows": 32, "in_features": 24, "width": 57, "out_features": 8, "layers": 2},
+        {"norm": "layer", "activation": "GELU", "output_activation": "Tanh"},
     ),
     Case(
         "rms-dropout-ragged",
         "ragged",
-        {"rows": 37, "in_features": 29, "width": 43, "out_features": 5, "layers": 2},
-        {
-            "norm": "rms",
-            "activation": "SiLU",
-            "output_activation": "Tanh",
-            "eps": 1e-6,
-            "dropout": 0.2,
-            "seed": 5,
-        },
+        {"rows": 37, "in_features": 29, "width": 130, "out_features": 5, "layers": 2},
+        {"norm": "rms", "activation": "Mish", "eps": 1e-6, "dropout": 0.2, "seed": 5},
     ),
     Case(
-        "tanh-wide-ragged",
-        "ragged",
-        {"rows": 21, "in_features": 40, "width": 137, "out_features": 19, "layers": 2},
-        {"activation": "Tanh"},
-    ),
-    Case(
-        "policy-64",
+        "policy-128",
         "large",
-        {"rows": 256, "in_features": 64, "width": 64, "out_features": 16, "layers": 2},
-        {"activation": "Tanh"},
-    ),
-    Case(
-        "critic-128",
-        "large",
-        {"rows": 1024, "in_features": 128, "width": 128, "out_features": 1, "layers": 3},
+        {"rows": 16384, "in_features": 128, "width": 128, "out_features": 32, "layers": 3},
         {"norm": "layer", "activation": "SiLU"},
     ),
     Case(
-        "actor-256",
+        "world-model-256",
         "large",
-        {"rows": 1024, "in_features": 256, "width": 256, "out_features": 12, "layers": 2},
-        {"norm": "layer", "activation": "ReLU", "output_activation": "Tanh"},
+        {"rows": 2048, "in_features": 512, "width": 256, "out_features": 255, "layers": 4},
+        {"norm": "rms", "activation": "SiLU"},
     ),
     Case(
-        "world-model-256",
+        "world-model-256-many",
         "large",
         {"rows": 16384, "in_features": 512, "width": 256, "out_features": 255, "layers": 4},
         {"norm": "rms", "activation": "SiLU"},
@@ -149,7 +130,14 @@ def flops(problem: Problem) -> int:
 
 def not_supported_reasons(problem: Problem, implementation: str, device: Device) -> list[str]:
     """Why ``implementation`` cannot run ``problem`` on ``device``; empty if it can."""
-    return misfits(problem, implementation)
+    reasons = misfits(problem, implementation)
+    if implementation == "pallas" and device.platform == "tpu":
+        reasons += [
+            f"Mosaic has no product of bfloat16 with one row, here {name} is 1"
+            for name in ("in_features", "width", "out_features")
+            if problem[name] == 1
+        ]
+    return reasons
 
 
 def misfits(problem: Problem, implementation: str) -> list[str]:
@@ -202,7 +190,8 @@ def config(problem: Problem, device: Device) -> Config:
     columns = max(padded(problem["width"]), padded(problem["out_features"]))
     few = problem["rows"] <= 16 * device.processors or device.platform == "hip"
     rows = 16 if few or (columns > 128 and problem.dtype == "float32") else 32
-    return Config(rows, 32, 4 if rows * columns <= 2048 else 8, 2)
+    deep = columns > 128 and problem.dtype != "float32"
+    return Config(rows, 32, 4 if rows * columns <= 2048 else 8, 3 if deep else 2)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
