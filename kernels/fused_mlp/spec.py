@@ -190,7 +190,7 @@ def config(problem: Problem, device: Device) -> Config:
     columns = max(padded(problem["width"]), padded(problem["out_features"]))
     few = problem["rows"] <= 16 * device.processors or device.platform == "hip"
     rows = 16 if few or (columns > 128 and problem.dtype == "float32") else 32
-    deep = columns > 128 and problem.dtype != "float32"
+    deep = columns > 128 and problem.dtype != "float32" and problem.direction == "forward"
     return Config(rows, 32, 4 if rows * columns <= 2048 else 8, 3 if deep else 2)
 
 
