@@ -276,7 +276,10 @@ def test_the_custom_ops(hidden: int) -> None:
     torch.library.opcheck(torch_op._trace_op, (of_z, *tensors, None))
     torch.library.opcheck(torch_op._weight_op, (of_z, *tensors, None))
     still = [None if value is None else value.detach() for value in (of_z, *tensors)]
-    torch.library.opcheck(torch_op._add_trace_op, (torch.ones(6, 5, 7), *still, None))
+    into = torch.ones(6, 5, 7)
+    torch.library.opcheck(torch_op._add_trace_op, (into.clone(), *still, None))
+    torch_op._add_trace_op(into, *still, None)
+    torch.testing.assert_close(into - 1, torch_op._trace_op(*still, None))
 
     z, plain = torch_op._forward_op(*tensors, None), torch_op._plain(*tensors)
     torch.testing.assert_close(z, plain)
