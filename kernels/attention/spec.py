@@ -176,6 +176,9 @@ def config(problem: Problem, device: Device, implementation: str) -> Config:
     """Tiles that fit the registers and, for short sequences, the tokens."""
     width = padded(problem["width"], 16)
     blocks = 64, 64
+    if implementation == "triton" and _is_block(problem, device, width):
+        side = padded(max(problem["queries"], problem["keys"]), 16)
+        return Config(side, side, 8 if side > 32 else 4, 2)
     if problem.dtype == "float32":
         # Three TF32 products for each one: larger tiles spill.
         blocks = (64, 64) if width <= 32 else (32, 32)
@@ -184,6 +187,15 @@ def config(problem: Problem, device: Device, implementation: str) -> Config:
     keys = min(blocks[1], padded(problem["keys"], 16))
     warps = 4 if max(queries, keys) * width <= 8192 else 8
     return Config(queries, keys, warps, 2)
+
+
+def _is_block(problem: Problem, device: Device, width: int) -> bool:
+    """Whether the float32 scores of a head are one block backward, so that one kernel does."""
+    if problem.dtype != "float32" or problem.direction != "backward" or width > 32:
+        return False
+    ampere = device.platform == "cuda" and device.capability < (9, 0)
+    tokens = max(problem["queries"], problem["keys"])
+    return problem["heads"] == problem["key_heads"] and tokens <= (32 if ampere else 64)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:

@@ -28,6 +28,8 @@ from .spec import Config, padded
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _KEYS_PER_SPLIT = 256
 """A program with fewer keys than this is not worth the second kernel."""
+_WIDEST_BLOCK = 128
+"""Features with which all tensors of a head fit the shared memory of every chip."""
 
 
 @triton.jit
@@ -362,6 +364,86 @@ def key_gradient_kernel(
     tl.store(place, value_sums.to(of_value.dtype.element_ty), mask=real)
 
 
+@triton.jit
+def short_gradient_kernel(
+    query, key, value, mask, seed, output, of_output, lse, of_query, of_key, of_value,
+    query_batch, query_head, query_token, query_feature,
+    key_batch, key_head, key_token, key_feature,
+    value_batch, value_head, value_token, value_feature,
+    output_batch, output_head, output_token, output_feature,
+    given_batch, given_head, given_token, given_feature,
+    gradient_batch, gradient_head, gradient_token, gradient_feature,
+    of_key_batch, of_key_head, of_key_token, of_key_feature,
+    of_value_batch, of_value_head, of_value_token, of_value_feature,
+    mask_batch, mask_head, mask_row, mask_column,
+    heads, queries, keys,
+    scale, scale_2, threshold, kept_scale,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """All three gradients of one head whose scores are one block: five products, not seven."""
+    plane = tl.program_id(0)
+    batch = (plane // heads).to(tl.int64)
+    head = (plane % heads).to(tl.int64)
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    output += batch * output_batch + head * output_head
+    of_output += batch * given_batch + head * given_head
+    if MASK != "none":
+        mask += batch * mask_batch + head * mask_head
+
+    row = tl.arange(0, BLOCK_QUERIES)
+    column = tl.arange(0, BLOCK_KEYS)
+    feature = tl.arange(0, FEATURES)
+    line = plane.to(tl.int64) * queries + row
+    g = _load_tokens(of_output, row, given_token, feature, given_feature, queries, WIDTH, False)
+    o = _load_tokens(output, row, output_token, feature, output_feature, queries, WIDTH, False)
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    logarithm = tl.load(lse + line, mask=row < queries, other=float("inf"))
+    q = _load_tokens(query, row, query_token, feature, query_feature, queries, WIDTH, False)
+    k = _load_tokens(key, column, key_token, feature, key_feature, keys, WIDTH, False)
+    scores = _dot(q, tl.trans(k), PRECISION, UPCAST) * scale_2
+    scores = _hide(
+        scores, mask, row[:, None], column[None, :], mask_row, mask_column, queries, keys,
+        CAUSAL, MASK,
+    )  # fmt: skip
+    weights = tl.exp2(scores - logarithm[:, None])
+    v = _load_tokens(value, column, value_token, feature, value_feature, keys, WIDTH, False)
+    of_weights = _dot(g, tl.trans(v), PRECISION, UPCAST)
+    kept = weights
+    if DROPOUT:
+        k0, k1 = dropout_row_keys(tl.load(seed), line)
+        stays = dropout_keeps(k0[:, None], k1[:, None], column[None, :], threshold)
+        kept = tl.where(stays, weights * kept_scale, 0.0)
+        of_weights = tl.where(stays, of_weights * kept_scale, 0.0)
+    in_keys = (column < keys)[:, None] & (feature < WIDTH)[None, :]
+    sums = _dot(tl.trans(kept.to(g.dtype)), g, PRECISION, UPCAST)
+    place = (
+        of_value + batch * of_value_batch + head * of_value_head
+        + (column.to(tl.int64) * of_value_token)[:, None]
+        + (feature.to(tl.int64) * of_value_feature)[None, :]
+    )  # fmt: skip
+    tl.store(place, sums.to(of_value.dtype.element_ty), mask=in_keys)
+    of_scores = (weights * (of_weights - delta[:, None])).to(q.dtype)
+    sums = _dot(tl.trans(of_scores), q, PRECISION, UPCAST) * scale
+    place = (
+        of_key + batch * of_key_batch + head * of_key_head
+        + (column.to(tl.int64) * of_key_token)[:, None]
+        + (feature.to(tl.int64) * of_key_feature)[None, :]
+    )  # fmt: skip
+    tl.store(place, sums.to(of_key.dtype.element_ty), mask=in_keys)
+    sums = _dot(of_scores, k, PRECISION, UPCAST) * scale
+    place = (
+        of_query + batch * gradient_batch + head * gradient_head
+        + (row.to(tl.int64) * gradient_token)[:, None]
+        + (feature.to(tl.int64) * gradient_feature)[None, :]
+    )  # fmt: skip
+    real = (row < queries)[:, None] & (feature < WIDTH)[None, :]
+    tl.store(place, sums.to(of_query.dtype.element_ty), mask=real)
+
+
 @dataclass(frozen=True)
 class _Launch:
     """One kernel with everything it is given: what a launch and a compilation have in common."""
@@ -565,29 +647,34 @@ def _backward(
     arguments, constants = _common(
         query, key, mask, seed, causal, dropout, config, device, allow_tf32
     )
-    deltas = torch.empty_like(lse)
     of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
-    programs = batch * heads * -(-queries // config.block_queries)
-    splits, each = _splits(programs, key.shape[2], device)
-    strides = _strides(query=query, key=key, value=value, given=of_output)
+    gradients = {"of_key": of_key, "of_value": of_value}
+    options = config.num_warps, config.num_stages
     arguments |= {
         "query": query,
         "key": key,
         "value": value,
         "of_output": of_output,
         "lse": lse,
-        "deltas": deltas,
         "scale": scale,
         "scale_2": scale * _LOG2_E.value,
-        **strides,
+        **_strides(query=query, key=key, value=value, given=of_output),
     }
-    own = _strides(output=output, gradient=of_query)
+    own = _strides(output=output, gradient=of_query) | {"output": output}
+    whole = queries <= config.block_queries and key.shape[2] <= config.block_keys
+    if whole and heads == key.shape[1] and constants["FEATURES"] <= _WIDEST_BLOCK:
+        arguments |= own | gradients | _strides(**gradients) | {"of_query": of_query}
+        del arguments["groups"]
+        once = _Launch(short_gradient_kernel, arguments, constants, (batch * heads,), *options)
+        return (of_query, of_key, of_value), [once]
+    arguments["deltas"] = torch.empty_like(lse)
+    programs = batch * heads * -(-queries // config.block_queries)
+    splits, each = _splits(programs, key.shape[2], device)
     if splits > 1:
         of_query = query.new_empty((splits, *query.shape), dtype=torch.float32)
-    options = config.num_warps, config.num_stages
     by_queries = _Launch(
         query_gradient_kernel,
-        arguments | own | {"output": output, "of_query": of_query, "split_keys": each},
+        arguments | own | {"of_query": of_query, "split_keys": each},
         constants | {"SPLIT": splits > 1},
         (programs, splits),
         *options,
@@ -595,9 +682,7 @@ def _backward(
     tiles = batch * key.shape[1] * -(-key.shape[2] // config.block_keys)
     by_keys = _Launch(
         key_gradient_kernel,
-        arguments
-        | _strides(of_key=of_key, of_value=of_value)
-        | {"of_key": of_key, "of_value": of_value},
+        arguments | gradients | _strides(**gradients),
         constants,
         (tiles,),
         *options,

@@ -141,6 +141,44 @@ def test_split_keys(causal: bool, masked: bool, monkeypatch: pytest.MonkeyPatch)
     dispatch._decide.cache_clear()
 
 
+@interpreted
+@pytest.mark.parametrize("widest", [0, 128])
+@pytest.mark.parametrize("kind", ["causal", "boolean", "additive", "dropout"])
+def test_short_sequences_with_one_kernel_backward_and_with_two(
+    kind: str, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_networks.kernels.attention import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "_WIDEST_BLOCK", widest)
+    inputs = tensors(2, 3, 20, 12, keys=27)
+    options: dict[str, Any] = {"causal": kind == "causal"}
+    if kind == "dropout":
+        options |= {"dropout": 0.3, "seed": 11}
+    elif kind != "causal":
+        bias = torch.randn(2, 1, 20, 27, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        options["mask"] = bias if kind == "additive" else bias > 0
+    found = results(*inputs, **options, implementation="triton")
+    assert_close(found, expected(*inputs, **options))
+
+
+def test_one_kernel_backward_where_the_scores_of_a_head_are_one_block() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ml_networks.kernels.attention import triton_kernel
+
+    def launched(name: str, dtype: str, target: str = "sm_90") -> list[str]:
+        (case,) = (case for case in spec.CASES if case.id == name)
+        problem, chip = case.problem("attention", dtype, "backward"), device.target(target)
+        config = spec.config(problem, chip, "triton")
+        return [c.kernel.__name__ for c in triton_kernel.compilations(problem, config, chip)]
+
+    two = ["query_gradient_kernel", "key_gradient_kernel"]
+    assert launched("image-8x8", "bfloat16") == ["short_gradient_kernel"]
+    assert launched("image-8x8", "float32") == ["short_gradient_kernel"]
+    assert launched("image-8x8", "float32", "sm_80") == two  # would spill
+    assert launched("image-16x16", "bfloat16") == two
+    assert launched("causal-1024", "bfloat16") == two
+
+
 def test_keys_are_split_where_the_device_would_idle() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     from ml_networks.kernels.attention import triton_kernel
