@@ -31,6 +31,7 @@ from ml_networks.jax.positions import positional_embedding
 from ml_networks.jax.primitives import Conv, LayerNorm, Linear
 from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.jax.synapses import HyperSynapseUNET, SynapseUNET, make_synapses
+from ml_networks.kernels.jax import synchronisation
 
 __all__ = ["ContinuousThoughtMachine", "HyperContinuousThoughtMachine"]
 
@@ -248,20 +249,24 @@ neuron_select_type, n_random_pairing_self, in_channels
         setattr(self, f"{kind}_neuron_indices_left", NeuronIndices(left))
         setattr(self, f"{kind}_neuron_indices_right", NeuronIndices(right))
 
-    def _pair_products(self, kind: str, z: Array) -> Array:
-        """The products of the synchronised pairs of (..., D) neurons, (..., n)."""
+    def _pairs(self, kind: str) -> tuple[Array, Array]:
+        """The left and the right neurons of the synchronised pairs, (n,) each."""
         left = getattr(self, f"{kind}_neuron_indices_left")[...]
         right = getattr(self, f"{kind}_neuron_indices_right")[...]
-        if self.cfg.neuron_select_type != "random-pairing":
-            i, j = np.triu_indices(len(left))
-            left, right = left[i], right[j]
-        return z[..., left] * z[..., right]
+        if self.cfg.neuron_select_type == "random-pairing":
+            return left, right
+        i, j = np.triu_indices(len(left))
+        return left[i], right[j]
 
-    def _decay(self, kind: str, ticks: int) -> tuple[Array, Array]:
-        """Return r = exp(-decay) (n,) and 1 / sqrt(beta) after 1 ... ``ticks`` terms."""
+    def _decay(self, kind: str) -> Array:
+        """The decays (n,) within [0, 15]."""
         free = getattr(self, f"decay_params_{kind}")[...]
-        decay = free + jax.lax.stop_gradient(jnp.clip(free, 0, 15) - free)
-        steps = jnp.arange(ticks, dtype=decay.dtype)
+        return free + jax.lax.stop_gradient(jnp.clip(free, 0, 15) - free)
+
+    def _sums(self) -> tuple[Array, Array]:
+        """Of the action neurons r = exp(-decay) (n,) and 1 / sqrt(beta) at every tick (T, n)."""
+        decay = self._decay("action")
+        steps = jnp.arange(self.iterations, dtype=decay.dtype)
         beta = jnp.cumsum(jnp.exp(-decay * steps[:, None]), 0)
         return jnp.exp(-decay), jax.lax.rsqrt(beta)
 
@@ -359,12 +364,13 @@ neuron_select_type, n_random_pairing_self, in_channels
             (T, B, heads, 1, S).
         """
         features = self.compute_features(x)
-        dtype, batch, ticks = features.dtype, len(x), self.iterations
+        dtype, batch = features.dtype, len(x)
         look = self._look(features.astype(self.q_proj.kernel[...].dtype))
         look = _Look(*(getattr(look, field.name).astype(dtype) for field in fields(look)))
         weights = self.neurons.per_neuron()
         first = self._first_layer(look, dtype)
-        r, scale = (value.astype(dtype) for value in self._decay("action", ticks))
+        r, scale = (value.astype(dtype) for value in self._sums())
+        left, right = self._pairs("action")
         # Dropout draws from counters that each tick moves on: they travel with the loop.
         parts: Any = nnx.split(self, nnx.RngState, ...)
         structure, counters, rest = parts
@@ -372,7 +378,7 @@ neuron_select_type, n_random_pairing_self, in_channels
         def tick(carry: Any, scale: Array) -> tuple[Any, Any]:
             z, trace, alpha, counters = carry
             model = nnx.merge(structure, counters, rest)
-            alpha = r * alpha + model._pair_products("action", z)
+            alpha = r * alpha + z[:, left] * z[:, right]
             synchronisation = alpha * scale
             read, attended = look(synchronisation, model.attention.dropout)
             state = first(model.synapses, read, z)
@@ -388,6 +394,9 @@ neuron_select_type, n_random_pairing_self, in_channels
         trace = self.start_trace[...].astype(dtype)
         trace = jnp.broadcast_to(trace, (batch, *trace.shape))
         carry: Any = (start, trace, jnp.zeros((batch, r.shape[0]), dtype), counters)
+        # Of a tick the backward pass finds what it is given and the outputs of the linear layers.
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        tick = jax.checkpoint(tick, policy=kept, prevent_cse=False)
         carry, (activations, seen) = jax.lax.scan(tick, carry, scale)
         if self._drops():
             nnx.update(self, carry[-1])
@@ -433,15 +442,12 @@ neuron_select_type, n_random_pairing_self, in_channels
 
     def _synchronisation_out(self, activations: Array) -> Array:
         """Synchronisation (T, B, n) of the output neurons from all activations (1 + T, B, D)."""
-        products = self._pair_products("out", activations)
-        r, scale = (v.astype(products.dtype) for v in self._decay("out", len(activations)))
-
-        def step(alpha: Array, product: Array) -> tuple[Array, Array]:
-            alpha = r * alpha + product
-            return alpha, alpha
-
-        alphas = jax.lax.scan(step, products[0], products[1:])[1]
-        return alphas * scale[1:, None]
+        # XLA cannot divide a kernel among several devices.
+        implementation = None if jax.device_count() == 1 else "xla"
+        synchronised = synchronisation(
+            activations, *self._pairs("out"), self._decay("out"), implementation=implementation
+        )
+        return synchronised[1:].astype(activations.dtype)
 
 
 def _uniform(rngs: nnx.Rngs, *shape: int) -> nnx.Param:

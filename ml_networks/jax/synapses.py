@@ -14,6 +14,7 @@ from ml_networks.jax.layers import make_dropout
 from ml_networks.jax.lora import HyperLoRALinear
 from ml_networks.jax.primitives import LayerNorm, Linear
 from ml_networks.jax.rngs import RngsLike, as_rngs
+from ml_networks.kernels.jax import norm_activation, norm_silu_skip_norm
 
 __all__ = ["HyperSynapseUNET", "SynapseUNET", "make_synapses"]
 
@@ -42,7 +43,9 @@ class SynapseUNET(nnx.Module):
     """A U-Net of linear layers with a skip connection at each level.
 
     Every projection is dropout, linear, layer norm, SiLU. The widths go from ``out_dims`` down to
-    ``minimum_width`` in ``depth`` even steps and up again, ``u = LayerNorm(up(u) + down)``.
+    ``minimum_width`` in ``depth`` even steps and up again, ``u = LayerNorm(up(u) + down)``. On one
+    GPU all that follows a linear layer is one op, :func:`~ml_networks.kernels.jax.norm_activation`
+    or, going up, :func:`~ml_networks.kernels.jax.norm_silu_skip_norm`.
 
     Parameters
     ----------
@@ -105,12 +108,44 @@ class SynapseUNET(nnx.Module):
 
     def from_first(self, x: Array) -> Array:
         """Go on from the output (B, out_dims) of the first linear layer."""
+        if jax.default_backend() != "cpu" and self._is_by_ops():
+            return self._by_ops(x)
         skipped = [jax.nn.silu(self.first_norm(x))]
         for down in self.down_projections:
             skipped.append(down(skipped[-1]))
         x = skipped.pop()
         for level in reversed(range(len(skipped))):
             x = self.skip_lns[level](self.up_projections[level](x) + skipped[level])
+        return x
+
+    def _is_by_ops(self) -> bool:
+        """Whether the children are as they were made, on a single device: XLA cannot divide a
+        kernel among several."""
+        projections = [*self.down_projections, *self.up_projections]
+        norms = [self.first_norm, *self.skip_lns, *(p.norm for p in projections)]
+        return (
+            all(type(projection) is _Projection for projection in projections)
+            and all(type(norm) is LayerNorm and norm.eps == norms[0].eps for norm in norms)
+            and jax.device_count() == 1
+        )
+
+    def _by_ops(self, x: Array) -> Array:
+        eps = self.first_norm.eps
+
+        def of(norm: Any) -> tuple[Array, Array]:
+            return norm.scale[...], norm.bias[...]
+
+        def descended(x: Array, norm: LayerNorm) -> Array:
+            return norm_activation(x, *of(norm), activation="SiLU", eps=eps)
+
+        skipped = [descended(x, self.first_norm)]
+        for down in self.down_projections:
+            skipped.append(descended(down.linear(down.dropout(skipped[-1])), down.norm))
+        x = skipped.pop()
+        for up, norm in reversed(list(zip(self.up_projections, self.skip_lns, strict=True))):
+            y = up.linear(up.dropout(x))
+            skip = skipped.pop().astype(y.dtype)
+            x = norm_silu_skip_norm(y, *of(up.norm), skip, *of(norm), eps=eps)
         return x
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from ml_networks._compat import checked_keywords
 from ml_networks._geometry import hyper_levels, synapse_widths
+from ml_networks.kernels.torch import norm_activation, norm_silu_skip_norm
+from ml_networks.torch.layers import _has_hooks
 from ml_networks.torch.lora import HyperLoRALinear
 
 __all__ = ["HyperSynapseUNET", "SynapseUNET", "make_synapses"]
@@ -26,7 +29,10 @@ class SynapseUNET(nn.Module):
     """A U-Net of linear layers with a skip connection at each level.
 
     Every projection is dropout, linear, layer norm, SiLU. The widths go from ``out_dims`` down to
-    ``minimum_width`` in ``depth`` even steps and up again, ``u = LayerNorm(up(u) + down)``.
+    ``minimum_width`` in ``depth`` even steps and up again, ``u = LayerNorm(up(u) + down)``. On a
+    GPU all that follows a linear layer is one op,
+    :func:`~ml_networks.kernels.torch.norm_activation` or, going up,
+    :func:`~ml_networks.kernels.torch.norm_silu_skip_norm`.
 
     Parameters
     ----------
@@ -77,6 +83,8 @@ class SynapseUNET(nn.Module):
 
     def from_first(self, x: Tensor) -> Tensor:
         """Go on from the output (B, out_dims) of the first linear layer."""
+        if x.is_cuda and self._is_by_ops():
+            return self._by_ops(x)
         _, norm, activation = self.first_projection
         x = activation(norm(x))
         skipped = [x]
@@ -85,6 +93,48 @@ class SynapseUNET(nn.Module):
         x = skipped.pop()
         for up, norm in zip(reversed(self.up_projections), reversed(self.skip_lns), strict=True):
             x = norm(up(x) + skipped.pop())
+        return x
+
+    def _is_by_ops(self) -> bool:
+        """Whether all that follows the linear layers is as it was made: nothing replaced, hooked
+        or sharded."""
+        norms: list[Any] = [*self.skip_lns]
+        for projection in self._projections():
+            *_, norm, activation = projection
+            norms.append(norm)
+            if type(activation) is not nn.SiLU or _has_hooks(activation) or _has_hooks(projection):
+                return False
+        return all(
+            type(norm) is nn.LayerNorm
+            and type(norm.weight) is nn.Parameter
+            and type(norm.bias) is nn.Parameter
+            and norm.eps == norms[0].eps
+            and not _has_hooks(norm)
+            for norm in norms
+        )
+
+    def _projections(self) -> Iterator[Any]:
+        yield self.first_projection
+        yield from self.down_projections
+        yield from self.up_projections
+
+    def _by_ops(self, x: Tensor) -> Tensor:
+        eps: Any = self.skip_lns[0].eps
+
+        def descended(x: Tensor, norm: Any) -> Tensor:
+            return norm_activation(x, norm.weight, norm.bias, activation="SiLU", eps=eps)
+
+        skipped = [descended(x, self.first_projection[1])]
+        downs: list[Any] = [*self.down_projections]
+        for dropout, linear, norm, _ in downs:
+            skipped.append(descended(linear(dropout(skipped[-1])), norm))
+        x = skipped.pop()
+        ups: list[Any] = list(zip(self.up_projections, self.skip_lns, strict=True))
+        for (dropout, linear, inner, _), outer in reversed(ups):
+            y = linear(dropout(x))
+            skip = skipped.pop().to(y.dtype)
+            weights = outer.weight, outer.bias
+            x = norm_silu_skip_norm(y, inner.weight, inner.bias, skip, *weights, eps=eps)
         return x
 
 
