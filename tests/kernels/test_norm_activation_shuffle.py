@@ -381,6 +381,37 @@ def test_triton_equals_the_reference_for_any_shape_and_stride(data: st.DataObjec
         assert off < allowed * (np.abs(exact[name]).max() + 1.0), name
 
 
+@pytest.mark.skipif(len(TORCH) == 1, reason="needs TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("call", ["batch", "group", "film"])
+def test_samples_of_many_tiles(call: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than programs, and no multiple of them: three tiles of a sample, or nine, for two
+    programs, and eighteen of a batch for four."""
+    from ml_networks.kernels.norm_activation_shuffle import triton_kernel
+
+    chunks, processors = triton_kernel._chunks, 1 if last else 4
+    monkeypatch.setattr(triton_kernel, "_chunks", lambda *sizes: chunks(*sizes[:3], processors))
+    monkeypatch.setattr(spec, "_config", lambda problem, device: spec.Config(64, 1))
+    options: dict[str, Any] = {"activation": "SiLU"}
+    if call == "group":
+        options |= {"norm": "group", "num_groups": 2}
+    inputs = inputs_of((2, 4, 9, 15), () if call == "film" else FILM)
+    leaves = {k: torch.from_numpy(v).to(DEVICE) for k, v in inputs.items()}
+    if last:
+        leaves["x"] = leaves["x"].contiguous(memory_format=torch.channels_last)
+    for value in leaves.values():
+        value.requires_grad_()
+    y = op(**leaves, **options, implementation="triton")
+    of_y = draw(*y.shape, seed=30)
+    wanted = torch.from_numpy(of_y).to(DEVICE)
+    found = torch.autograd.grad(y, list(leaves.values()), wanted)
+    exact = reference.forward(inputs, **options)
+    exact |= reference.backward(inputs, {"y": of_y}, **options)
+    for name, value in {"y": y, **dict(zip(leaves, found, strict=True))}.items():
+        off = np.abs(value.detach().cpu().numpy() - exact[name]).max()
+        assert off < 5e-6 * np.abs(exact[name]).max(), name
+
+
 @pytest.mark.parametrize("implementation", TORCH)
 def test_offsets_beyond_two_to_the_31(implementation: str) -> None:
     memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
