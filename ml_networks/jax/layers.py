@@ -259,13 +259,14 @@ class MLPLayer(BaseModule):
         )
 
     def _one_op(self, x: Array) -> Array:
-        *hidden, last = self.layers
+        layers: list[Any] = list(self.layers)
+        *hidden, last = layers
         norm = hidden[0].norm
         scale, shift = (getattr(norm, name, None) is not None for name in ("scale", "bias"))
         return fused_mlp(
             x,
-            [layer.linear.kernel[...].T for layer in self.layers],
-            None if last.linear.bias is None else [one.linear.bias[...] for one in self.layers],
+            [layer.linear.kernel[...].T for layer in layers],
+            None if last.linear.bias is None else [one.linear.bias[...] for one in layers],
             [layer.norm.scale[...] for layer in hidden] if scale else None,
             [layer.norm.bias[...] for layer in hidden] if shift else None,
             norm=_ROW_NORMS[type(norm)],
