@@ -237,12 +237,14 @@ class TorchSide:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Uninitialised memory is NaN inside: ``warn_only`` leaves every kernel allowed."""
+        """Uninitialised memory is NaN inside: ``warn_only`` leaves every kernel allowed. TF32,
+        which torch allows convolutions, is not float32."""
         torch = self.torch
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            yield
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                yield
         finally:
             torch.use_deterministic_algorithms(before)
 

@@ -7,6 +7,7 @@ Triton kernels run where ``TRITON_INTERPRET=1`` is set or a GPU is found.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,12 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = ["torch", "triton"] if INTERPRETING or DEVICE == "cuda" else ["torch"]
 MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@pytest.fixture(autouse=True)
+def _without_tf32() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
