@@ -9,7 +9,7 @@ Flags: ``causal``; ``mask``, "boolean", "additive" or, where it needs a gradient
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.device import Device
 from ..core.problem import Case, Choice, Problem, Scalar
@@ -56,6 +56,14 @@ class Config:
     block_keys: int = 64
     num_warps: int = 4
     num_stages: int = 2
+
+
+class Options(NamedTuple):
+    """What a call fixes beside its tensors."""
+
+    causal: bool
+    scale: float
+    dropout: float
 
 
 def padded(size: int, least: int = 1) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,7 @@ from ..core.dropout import check_probability
 from ..core.problem import Problem
 from ..core.registry import Binding
 from . import spec
-
-
-class _Options(NamedTuple):
-    """What a call fixes beside its tensors."""
-
-    causal: bool
-    scale: float
-    dropout: float
+from .spec import Options
 
 
 def attention(
@@ -131,7 +124,7 @@ def attention(
     _check(query, key, value, mask)
     check_probability(dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = _Options(bool(causal), float(scale), float(dropout))
+    options = Options(bool(causal), float(scale), float(dropout))
     given = None
     if dropout and seed is not None:
         given = torch.as_tensor(seed, dtype=torch.int64, device=query.device)
@@ -223,7 +216,7 @@ def _may_win(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     return bool(spec.may_win(query.shape[2], key.shape[2], strided))
 
 
-def _drawn(seed: Tensor | None, query: Tensor, options: _Options) -> Tensor | None:
+def _drawn(seed: Tensor | None, query: Tensor, options: Options) -> Tensor | None:
     """The seed, drawn on the device where none is given."""
     if seed is None and options.dropout:
         return torch.randint(1 << 62, (), device=query.device)
@@ -231,7 +224,7 @@ def _drawn(seed: Tensor | None, query: Tensor, options: _Options) -> Tensor | No
 
 
 def _problem(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
 ) -> Problem:
     kind = None
     if mask is not None:
@@ -269,7 +262,7 @@ def _plain(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    options: _Options,
+    options: Options,
 ) -> Tensor:
     """The framework's own function; spelled out where a given seed says which weights to drop."""
     causal, scale, dropout = options
@@ -312,7 +305,7 @@ def _weights(
     key: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    options: _Options,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """All weights of a query, and what dropout multiplies them by (1 without)."""
     scores = options.scale * (query @ key.mT)
@@ -349,7 +342,7 @@ def _spelled_out(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    options: _Options,
+    options: Options,
 ) -> Tensor:
     """The op with all scores in memory, differentiable any number of times."""
     with torch.autocast(query.device.type, enabled=False):
@@ -365,7 +358,7 @@ def _spelled_out_gradients(
     of_output: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    options: _Options,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with all scores in memory: the backward op's plain path, and the function that
     its own derivative is taken of."""
@@ -390,7 +383,7 @@ def _fused(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    options: _Options,
+    options: Options,
     decision: dispatch.Decision,
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of each row, by the kernel."""
@@ -398,9 +391,8 @@ def _fused(
 
     device = torch_device(query.device)
     with usage.timed(decision):
-        return triton_kernel.forward(
-            query, key, value, mask, seed, *options, decision.config, device
-        )
+        inputs = triton_kernel.Inputs(query, key, value, mask, seed)
+        return triton_kernel.forward(inputs, options, decision.config, device)
 
 
 def _gradients(
@@ -412,7 +404,7 @@ def _gradients(
     output: Tensor,
     lse: Tensor,
     of_output: Tensor,
-    options: _Options,
+    options: Options,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, in strides like theirs."""
@@ -431,10 +423,9 @@ def _gradients(
             )
         from . import triton_kernel
 
-        kept = output, lse, of_output
-        return triton_kernel.backward(
-            query, key, value, mask, seed, *kept, *options, decision.config, device
-        )
+        inputs = triton_kernel.Inputs(query, key, value, mask, seed)
+        kept = triton_kernel.Kept(output, lse, of_output)
+        return triton_kernel.backward(inputs, kept, options, decision.config, device)
 
 
 class _Attention(torch.autograd.Function):
@@ -447,7 +438,7 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         seed: Tensor | None,
-        options: _Options,
+        options: Options,
         decision: dispatch.Decision,
         implementation: str | None,
     ) -> tuple[Tensor, Tensor]:
@@ -520,7 +511,7 @@ def _forward_op(
     differentiable: bool,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    options = _Options(causal, scale, dropout)
+    options = Options(causal, scale, dropout)
     decision = _decide(
         _problem(query, key, value, mask, options), query, differentiable, implementation
     )
@@ -561,7 +552,7 @@ def _(
     )
     if mask is not None:
         mask = _folded_mask(mask, axes[3], size, query.shape[0] // size)
-    tensors, options = (query, key, value, mask), _Options(causal, scale, dropout)
+    tensors, options = (query, key, value, mask), Options(causal, scale, dropout)
     transformed = torch_functions.transformed(*tensors)
     if transformed and not torch_functions.mapped(*tensors):
         output = _spelled_out(*tensors, None, options)
@@ -595,7 +586,7 @@ def _backward_op(
     dropout: float,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = _Options(causal, scale, dropout)
+    options = Options(causal, scale, dropout)
     return _gradients(
         query, key, value, mask, seed, output, lse, of_output, options, implementation
     )
@@ -608,7 +599,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, causal, scale, dropout, _, ctx.implementation = inputs
-    ctx.options = _Options(causal, scale, dropout)
+    ctx.options = Options(causal, scale, dropout)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -624,7 +615,7 @@ _forward_op.register_autograd(_forward_gradients, setup_context=_setup_forward)
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, mask, seed, _, _, of_output, causal, scale, dropout, _ = inputs
-    ctx.options = _Options(causal, scale, dropout)
+    ctx.options = Options(causal, scale, dropout)
     ctx.save_for_backward(query, key, value, of_output, mask, seed)
 
 

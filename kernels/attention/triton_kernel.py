@@ -12,7 +12,7 @@ Logarithms are to base 2. The log-sum-exp of a row without keys is +inf: its wei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,13 +23,31 @@ from ..core.device import Device
 from ..core.dropout import threshold as dropout_threshold
 from ..core.problem import Problem
 from ..core.triton_functions import dropout_keeps, dropout_row_keys
-from .spec import Config, padded
+from .spec import Config, Options, padded
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _KEYS_PER_SPLIT = 256
 """A program with fewer keys than this is not worth the second kernel."""
 _WIDEST_BLOCK = 128
 """Features with which all tensors of a head fit the shared memory of every chip."""
+
+
+class Inputs(NamedTuple):
+    """What both passes are given."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    seed: torch.Tensor | None
+
+
+class Kept(NamedTuple):
+    """What the backward pass is given beside the inputs."""
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    of_output: torch.Tensor
 
 
 @triton.jit
@@ -523,17 +541,11 @@ def _precision(dtype: torch.dtype, platform: str, allow_tf32: bool) -> str:
 
 
 def _common(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    causal: bool,
-    dropout: float,
-    config: Config,
-    device: Device,
-    allow_tf32: bool,
+    inputs: Inputs, options: Options, config: Config, device: Device, allow_tf32: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments and the constants that all but the joining kernel take."""
+    query, key, _, mask, seed = inputs
+    causal, _, dropout = options
     _, heads, queries, width = query.shape
     given, kind = _mask(mask, query, key)
     arguments = {
@@ -570,22 +582,11 @@ def _splits(programs: int, keys: int, device: Device) -> tuple[int, int]:
 
 
 def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout: float,
-    config: Config,
-    device: Device,
-    allow_tf32: bool,
+    inputs: Inputs, options: Options, config: Config, device: Device, allow_tf32: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list[_Launch]]:
+    query, key, value, _, _ = inputs
     batch, heads, queries, width = query.shape
-    arguments, constants = _common(
-        query, key, mask, seed, causal, dropout, config, device, allow_tf32
-    )
+    arguments, constants = _common(inputs, options, config, device, allow_tf32)
     # Strides in the order of the query's: what comes next may want the result as it came.
     output = torch.empty_like(query)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -601,7 +602,7 @@ def _forward(
             arguments
             | {"query": query, "key": key, "value": value, "output": part, "lse": logarithms}
             | _strides(query=query, key=key, value=value, output=output)
-            | {"scale": scale * _LOG2_E.value, "split_keys": each},
+            | {"scale": options.scale * _LOG2_E.value, "split_keys": each},
             constants | {"SPLIT": splits > 1},
             (programs, splits),
             config.num_warps,
@@ -627,37 +628,29 @@ def _forward(
 
 
 def _backward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    of_output: torch.Tensor,
-    causal: bool,
-    scale: float,
-    dropout: float,
+    inputs: Inputs,
+    kept: Kept,
+    options: Options,
     config: Config,
     device: Device,
     allow_tf32: bool,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[_Launch]]:
     """The gradients, that of the queries for each split of the keys where there are splits."""
+    query, key, value, _, _ = inputs
+    output, lse, of_output = kept
     batch, heads, queries, _ = query.shape
-    arguments, constants = _common(
-        query, key, mask, seed, causal, dropout, config, device, allow_tf32
-    )
+    arguments, constants = _common(inputs, options, config, device, allow_tf32)
     of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
     gradients = {"of_key": of_key, "of_value": of_value}
-    options = config.num_warps, config.num_stages
+    how = config.num_warps, config.num_stages
     arguments |= {
         "query": query,
         "key": key,
         "value": value,
         "of_output": of_output,
         "lse": lse,
-        "scale": scale,
-        "scale_2": scale * _LOG2_E.value,
+        "scale": options.scale,
+        "scale_2": options.scale * _LOG2_E.value,
         **_strides(query=query, key=key, value=value, given=of_output),
     }
     own = _strides(output=output, gradient=of_query) | {"output": output}
@@ -665,7 +658,7 @@ def _backward(
     if whole and heads == key.shape[1] and constants["FEATURES"] <= _WIDEST_BLOCK:
         arguments |= own | gradients | _strides(**gradients) | {"of_query": of_query}
         del arguments["groups"]
-        once = _Launch(short_gradient_kernel, arguments, constants, (batch * heads,), *options)
+        once = _Launch(short_gradient_kernel, arguments, constants, (batch * heads,), *how)
         return (of_query, of_key, of_value), [once]
     arguments["deltas"] = torch.empty_like(lse)
     programs = batch * heads * -(-queries // config.block_queries)
@@ -677,7 +670,7 @@ def _backward(
         arguments | own | {"of_query": of_query, "split_keys": each},
         constants | {"SPLIT": splits > 1},
         (programs, splits),
-        *options,
+        *how,
     )
     tiles = batch * key.shape[1] * -(-key.shape[2] // config.block_keys)
     by_keys = _Launch(
@@ -685,57 +678,32 @@ def _backward(
         arguments | gradients | _strides(**gradients),
         constants,
         (tiles,),
-        *options,
+        *how,
     )
     return (of_query, of_key, of_value), [by_queries, by_keys]
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout: float,
-    config: Config,
-    device: Device,
+    inputs: Inputs, options: Options, config: Config, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, in strides ordered like the query's, and the log-sum-exp of each row, (batch,
     heads, queries). Nothing may be empty."""
-    output, lse, launches = _forward(
-        query, key, value, mask, seed, causal, scale, dropout, config, device, _allow_tf32()
-    )
+    output, lse, launches = _forward(inputs, options, config, device, _allow_tf32())
     for launch in launches:
         launch.run()
     return output, lse
 
 
 def backward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    of_output: torch.Tensor,
-    causal: bool,
-    scale: float,
-    dropout: float,
-    config: Config,
-    device: Device,
+    inputs: Inputs, kept: Kept, options: Options, config: Config, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, in strides ordered like theirs."""
-    (of_query, of_key, of_value), launches = _backward(
-        query, key, value, mask, seed, output, lse, of_output, causal, scale, dropout, config,
-        device, _allow_tf32(),
-    )  # fmt: skip
+    gradients, launches = _backward(inputs, kept, options, config, device, _allow_tf32())
+    of_query, of_key, of_value = gradients
     for launch in launches:
         launch.run()
-    if of_query.ndim > query.ndim:
-        of_query = torch.empty_like(query).copy_(of_query.sum(0))
+    if of_query.ndim > inputs.query.ndim:
+        of_query = torch.empty_like(inputs.query).copy_(of_query.sum(0))
     return of_query, of_key, of_value
 
 
@@ -762,11 +730,12 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         mask = torch.empty((batch, 1, queries, keys), dtype=kind, device="meta")
     dropout = 0.1 if problem.flag("dropout") else 0.0
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
-    tensors, options = (query, key, key, mask, seed), (bool(problem.flag("causal")), 1.0, dropout)
+    inputs = Inputs(query, key, key, mask, seed)
+    options = Options(bool(problem.flag("causal")), 1.0, dropout)
     if problem.direction == "forward":
-        launches = _forward(*tensors, *options, config, device, False)[2]
+        launches = _forward(inputs, options, config, device, False)[2]
     else:
         lse = torch.empty((batch, heads, queries), device="meta")
-        kept = torch.empty_like(query), lse, torch.empty_like(query)
-        launches = _backward(*tensors, *kept, *options, config, device, False)[1]
+        kept = Kept(torch.empty_like(query), lse, torch.empty_like(query))
+        launches = _backward(inputs, kept, options, config, device, False)[1]
     return [launch.compilation() for launch in launches]

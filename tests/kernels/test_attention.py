@@ -292,7 +292,7 @@ def test_derivatives_of_the_gradients(dropout: float) -> None:
     """What a derivative of the kernel's gradients is taken of, against finite differences."""
     inputs = tensors(1, 2, 3, 4, keys=5, key_heads=1, dtype=torch.float64)
     seed = torch.tensor(3, device=DEVICE) if dropout else None
-    options = torch_op._Options(True, 0.5, dropout)
+    options = spec.Options(True, 0.5, dropout)
     given = torch.randn(1, 2, 3, 4, dtype=torch.float64, device=DEVICE).requires_grad_()
 
     def gradients(*inputs: Any) -> Any:
@@ -312,7 +312,7 @@ def test_second_derivative_of_the_kernel(compiled: bool) -> None:
     """``compiled`` takes the custom op, as code under torch.compile does."""
     inputs = tensors(1, 2, 5, 8, keys=7)
     mask = (torch.rand(5, 7, device=DEVICE) < 0.7).index_fill_(1, torch.tensor([0]).to(DEVICE), 1)
-    options = torch_op._Options(False, 0.3, 0.0)
+    options = spec.Options(False, 0.3, 0.0)
 
     def product(output: Any) -> Any:
         gradients = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
