@@ -150,6 +150,13 @@ def test_what_is_left_out_is_one_or_zero(
     assert_close(run(where, lists, of_y, **options), exact(lists, of_y, **options))
 
 
+@pytest.mark.parametrize("where", EVERY, ids="-".join)
+def test_every_layer_drops_by_a_seed_of_its_own(where: tuple[str, str]) -> None:
+    lists, of_y = lists_of((6, 9, 9, 3), 21), draw(21, 3, seed=9)
+    options = {"norm": "rms", "activation": "GELU", "eps": 1e-6, "dropout": 0.25, "seed": -7}
+    assert_close(run(where, lists, of_y, **options), exact(lists, of_y, **options))
+
+
 @pytest.mark.parametrize("implementation", TORCH)
 def test_norms_of_weights_that_do_not_fit_whole(implementation: str) -> None:
     lists, of_y = (
