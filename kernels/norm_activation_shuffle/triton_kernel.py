@@ -515,7 +515,8 @@ def reduce_kernel(
         at = first + step
         position = at % P_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
         real = (position < POSITIONS) & (at < end)
-        sample = (at // P_BLOCKS).to(tl.int64)
+        # Beyond the last tile nothing is real, but its moments must be: 0 times NaN is NaN.
+        sample = (tl.minimum(at, end - 1) // P_BLOCKS).to(tl.int64)
         z, of_v, _, _, gate_z, of_gate, _, _, grad, made, _, _ = _pulled(
             x, weight, bias, residual, scale, mean, var, seed, of_y,
             sample, channel, position, real, x_sample, residual_sample, of_y_sample,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -409,6 +410,30 @@ def test_samples_of_many_tiles(call: str, last: bool, monkeypatch: pytest.Monkey
     exact |= reference.backward(inputs, {"y": of_y}, **options)
     for name, value in {"y": y, **dict(zip(leaves, found, strict=True))}.items():
         off = np.abs(value.detach().cpu().numpy() - exact[name]).max()
+        assert off < 5e-6 * np.abs(exact[name]).max(), name
+
+
+@pytest.mark.skipif(len(TORCH) == 1, reason="needs TRITON_INTERPRET=1 or a GPU")
+def test_a_programs_tiles_beyond_the_last_read_no_moments() -> None:
+    from ml_networks.kernels.norm_activation_shuffle import triton_kernel
+
+    options = torch_op.Options("group", 1, "SiLU", 1e-5, 0, 0.0, False, False)
+    inputs = inputs_of((2, 2, 9, 15), ("residual", *FILM))
+    x, weight, bias = (torch.from_numpy(value).to(DEVICE) for value in inputs.values())
+    # Behind the moments of the two samples lies NaN.
+    mean, var = (
+        torch.cat((value, torch.full((30, 1), torch.nan, device=DEVICE)))[:2]
+        for value in torch_op._moments(x, options)
+    )
+    of_y = draw(*x.shape, seed=30)
+    config, two = spec.Config(64, 1), replace(device.target("sm_90"), processors=2)
+    pulled = torch.from_numpy(of_y).to(DEVICE)
+    found = triton_kernel.backward(
+        x, weight, bias, *[None] * 3, mean, var, None, pulled, options, config, two
+    )
+    exact = reference.backward(inputs, {"y": of_y}, norm="group", activation="SiLU")
+    for name, value in zip(inputs, found, strict=False):
+        off = np.abs(value.cpu().numpy() - exact[name]).max()
         assert off < 5e-6 * np.abs(exact[name]).max(), name
 
 
