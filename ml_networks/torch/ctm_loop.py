@@ -436,13 +436,19 @@ def _skipped(layer: Layer, outputs: Sequence[Tensor]) -> list[Tensor]:
     return [] if layer.skip is None else [outputs[layer.skip]]
 
 
+def _natively(y: Tensor) -> bool:
+    """Whether torch's own operations follow a linear layer: on a CPU an op's checks take as long
+    as its work."""
+    return y.device.type == "cpu"
+
+
 def _finish(layer: Layer, y: Tensor, *rest: Tensor) -> Tensor:
     """What follows the linear layer; ``rest`` is what is skipped, if anything, and the norms'
     weights."""
     skipped = rest[: -len(layer.norms)]
     weight, bias, *after = rest[-len(layer.norms) :]
     y = y.to(weight.dtype)
-    if y.device.type == "cpu":  # where an op's checks take as long as its work
+    if _natively(y):
         if layer.gated:
             return F.layer_norm(F.glu(y), weight.shape, weight, bias, layer.eps)
         x = F.silu(F.layer_norm(y, weight.shape, weight, bias, layer.eps))
@@ -462,7 +468,7 @@ def _finish_gradient(
     """The gradients of the linear layer's output, of what is skipped, if anything, and, if wanted,
     of the norms' weights."""
     y = y.to(of_x.dtype)
-    if y.device.type != "cpu":
+    if not _natively(y):
         finish = partial(_finish, layer)
         if of_norms:
             return _pulled(finish, of_x, [y, *skipped, *layer.norms])

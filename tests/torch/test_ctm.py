@@ -160,6 +160,13 @@ def test_equals_the_straightforward_form(form: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["deep", "one-layer"])
+def test_what_a_gpu_runs_equals_it_too(form: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ctm_loop, "_natively", lambda _: False)
+    model = _built(**FORMS[form]).eval()
+    _assert_same(model, _input(model))
+
+
+@pytest.mark.parametrize("form", ["deep", "one-layer"])
 def test_the_loop_over_the_modules_equals_it_too(form: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(ctm, "is_ordinary", lambda _: False)
     model = _built(**FORMS[form]).eval()
@@ -251,7 +258,7 @@ def test_gradients_of_gradients(loop: str) -> None:
 
 def test_autocast_is_as_exact_as_over_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _counted(monkeypatch)
-    model = _built(in_channels=3, hyper_layers="bottleneck", d_model=64, iterations=8).eval()
+    model = _built(in_channels=3, hyper_layers="bottleneck", d_model=32, iterations=4).eval()
     x = _input(model)
     exact = _gradients(model(x), model, x.requires_grad_())
     model, x = model.float(), x.detach().float().requires_grad_()
