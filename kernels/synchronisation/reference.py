@@ -30,7 +30,7 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Array]:
     left, right = generator.integers(0, neurons, (2, pairs))
     right[0] = left[0]
     decay = np.abs(generator.standard_normal(pairs))
-    decay[:3] = 0.0, 15.0, 1e-4
+    decay[:3] = [0.0, 15.0, 1e-4][:pairs]
     return {
         "activations": generator.standard_normal((ticks, batch, neurons)),
         "left": left,
