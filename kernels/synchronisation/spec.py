@@ -22,7 +22,7 @@ def _case(name: str, size: Any, sizes: tuple[int, ...], elapsed: int) -> Case:
 
 
 CASES = (
-    _case("scan-small", "small", (6, 4, 24, 16), 1),
+    _case("scan-small", "small", (9, 3, 24, 16), 1),
     _case("scan-ragged", "ragged", (19, 3, 21, 37), 4),
     _case("step-ragged", "ragged", (1, 5, 40, 13), 9),
     _case("ctm-4", "large", (50, 4, 1024, 128), 1),

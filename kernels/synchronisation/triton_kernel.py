@@ -33,11 +33,13 @@ def _before(r, elapsed):
     return beta, slope
 
 
-# A multiple of 16 among these would let a thread hold neighbouring pairs instead of all ticks.
-_NOT_SPECIALIZED = ["elapsed", "elements", "pairs"]
+# A multiple of 16 among these would let a thread hold neighbouring pairs instead of all ticks, or
+# only make more code.
+_GENERAL = ["elapsed", "ticks", "elements", "pairs", "rows", "samples"]
+_STRIDES = ["z_tick", "z_sample"]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=[*_GENERAL[:4], "neurons", *_STRIDES])
 def forward_kernel(
     activations,
     left,
@@ -102,7 +104,7 @@ def forward_kernel(
         tl.store(place, scales, mask=in_time & (real & (sample == 0))[None, :])
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "of_s_tick", "of_s_sample"])
+@triton.jit(do_not_specialize=[*_GENERAL[:4], "of_s_tick", "of_s_sample"])
 def backward_kernel(
     decay,
     previous,
@@ -180,7 +182,7 @@ def backward_kernel(
     tl.store(of_decay + element, -r * of_r, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_GENERAL[3:], *_STRIDES])
 def collect_kernel(
     activations,
     of_products,

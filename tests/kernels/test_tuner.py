@@ -316,7 +316,7 @@ def trace_and_pull(op: registry.Op, case: Case) -> None:
         return pull(jax.tree.map(jnp.ones_like, outputs))
 
     arrays = op.reference.make_inputs(case, 0)
-    kinds = {"b": "bool"}
+    kinds = {"b": "bool", "i": "int32"}
     jax.eval_shape(
         both, {k: jnp.asarray(v, kinds.get(v.dtype.kind, "float32")) for k, v in arrays.items()}
     )
