@@ -26,7 +26,7 @@ def _case(id: str, size: str, *dims: int) -> Case:
 
 
 CASES = (
-    _case("small", "small", 8, 16, 8, 8),
+    _case("small", "small", 24, 16, 8, 8),
     _case("odd", "ragged", 19, 13, 7, 5),
     _case("shallow-odd", "ragged", 18, 11, 9, 0),
     _case("maze-128", "large", 64, 128, 8, 8),
