@@ -190,17 +190,18 @@ def config(problem: Problem, device: Device) -> Config:
     columns = max(padded(problem["width"]), padded(problem["out_features"]))
     few = problem["rows"] <= 16 * device.processors or device.platform == "hip"
     rows = 16 if few or (columns > 128 and problem.dtype == "float32") else 32
-    deep = columns > 128 and problem.dtype != "float32" and problem.direction == "forward"
-    return Config(rows, 32, 4 if rows * columns <= 2048 else 8, 3 if deep else 2)
+    half = problem.dtype != "float32"
+    stages = 3 if columns > 128 and half and problem.direction == "forward" else 2
+    block_in = 64 if columns <= 128 and half else 32
+    return Config(rows, block_in, 4 if rows * columns <= 2048 else 8, stages)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
     """Every config worth timing."""
-    streamed = not on_chip(problem["width"], problem["out_features"], problem.itemsize)
     return [
         Config(rows, block_in, warps, stages)
         for rows in (16, 32, 64, 128)
-        for block_in in ((32, 64) if implementation == "triton" and streamed else (32,))
+        for block_in in ((32, 64) if implementation == "triton" else (32,))
         for warps in (4, 8)
         for stages in ((2, 3) if implementation == "triton" else (1,))
     ]
