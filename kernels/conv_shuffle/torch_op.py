@@ -173,9 +173,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options)
 def _shuffled(z: Tensor, options: Options) -> Tensor:
     scale = options.shuffle
     if z.dim() == 4:
-        if scale > 0:
-            return F.pixel_shuffle(z, scale)
-        return F.pixel_unshuffle(z, -scale) if scale < 0 else z
+        return torch_functions.pixel_shuffle(z, scale)
     if scale > 0:
         return z.unflatten(1, (-1, scale)).transpose(2, 3).flatten(2)
     return z.unflatten(2, (-1, -scale)).transpose(2, 3).flatten(1, 2) if scale < 0 else z

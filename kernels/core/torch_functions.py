@@ -1,4 +1,5 @@
-"""What plain torch code of several ops computes: activations by name, dropout from a counter."""
+"""What plain torch code of several ops computes: activations by name, pixel shuffles, dropout from
+a counter."""
 
 from __future__ import annotations
 
@@ -56,6 +57,20 @@ def apply(activation: str, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, -1)
         return value * ACTIVATIONS[GATED[activation]](gate)
     return ACTIVATIONS[activation](x)
+
+
+def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
+    """``torch.nn.PixelShuffle`` for ``factor`` > 1, its inverse for ``factor`` < -1, of an empty
+    ``x`` too: torch 2.13 unshuffles none and has no gradient of the other."""
+    size = abs(factor)
+    if size < 2:
+        return x
+    if x.numel():
+        return F.pixel_shuffle(x, factor) if factor > 0 else F.pixel_unshuffle(x, size)
+    *batch, channels, height, width = x.shape
+    if factor > 0:
+        return x.reshape(*batch, channels // size**2, height * size, width * size)
+    return x.reshape(*batch, channels * size**2, height // size, width // size)
 
 
 _aten = torch.ops.aten

@@ -273,7 +273,7 @@ def _plain(
     norm, groups, activation, eps, shuffle, dropout, residual_first, _ = options
     with torch.autocast(x.device.type, enabled=False):
         y = _normalized(x, weight, bias, mean, var, norm, groups, eps, momentum)
-        y = _shuffled(y, shuffle)
+        y = torch_functions.pixel_shuffle(y, shuffle)
         if residual_first:
             y = _dropped(y, dropout, seed)
             y = torch_functions.apply(activation, y if residual is None else y + residual)
@@ -313,12 +313,6 @@ def _normalized(
     if weight is not None:
         x = x * weight.reshape(-1, *[1] * (x.dim() - 2))
     return x if bias is None else x + bias.reshape(-1, *[1] * (x.dim() - 2))
-
-
-def _shuffled(x: Tensor, factor: int) -> Tensor:
-    if factor > 1:
-        return F.pixel_shuffle(x, factor)
-    return F.pixel_unshuffle(x, -factor) if factor < -1 else x
 
 
 def _on_channels(activation: str, x: Tensor) -> Tensor:
@@ -534,7 +528,7 @@ def _plain_gradient(
     line = (1, -1, 1, 1)
     slope = torch.ones_like(inverse) if weight is None else weight.to(dtype).reshape(line)
     v = z * slope if bias is None else z * slope + bias.to(dtype).reshape(line)
-    v, g = _shuffled(v, shuffle), of_y.to(dtype)
+    v, g = torch_functions.pixel_shuffle(v, shuffle), of_y.to(dtype)
     mask = None if seed is None else _mask(of_y, dropout, seed, dtype)
     argument = v
     if residual_first:
@@ -554,7 +548,7 @@ def _plain_gradient(
     if residual_first:
         of_residual = of_v
         of_v = of_v if mask is None else of_v * mask
-    of_v = _shuffled(of_v, -shuffle)
+    of_v = torch_functions.pixel_shuffle(of_v, -shuffle)
     of_z = of_v * slope
     if norm in ("batch", "group") and x.numel():
         of_z = of_z - _averaged(of_z, norm, groups) - z * _averaged(of_z * z, norm, groups)

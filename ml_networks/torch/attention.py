@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ml_networks._compat import checked_keywords
 from ml_networks._geometry import attention_heads
 from ml_networks.config import AttentionConfig
+from ml_networks.kernels.core.torch_functions import pixel_shuffle
 from ml_networks.kernels.torch import attention
 
 __all__ = ["Attention1d", "Attention2d"]
@@ -183,9 +184,7 @@ class Attention2d(_Attention):
         """Map ``(*batch, channels, height, width)`` to the same shape."""
         self._check(x, "(batch, channels, height, width)")
         images = x.unsqueeze(0) if x.dim() == 3 else x.flatten(0, -4)
-        folded = F.pixel_unshuffle(self.qkv(images), self.patch_size)
+        folded = pixel_shuffle(self.qkv(images), -self.patch_size)
         mixed = attend(folded.flatten(2), self.n_heads).unflatten(2, folded.shape[2:])
-        output: Tensor = x + self.proj_out(F.pixel_shuffle(mixed, self.patch_size)).reshape(
-            x.shape
-        )
+        output: Tensor = x + self.proj_out(pixel_shuffle(mixed, self.patch_size)).reshape(x.shape)
         return output

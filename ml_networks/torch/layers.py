@@ -23,6 +23,7 @@ from ml_networks.config import (
     as_config,
 )
 from ml_networks.kernels.core.activations import NAMES as KERNEL_ACTIVATIONS
+from ml_networks.kernels.core.torch_functions import pixel_shuffle
 from ml_networks.kernels.torch import (
     conv_shuffle,
     fused_mlp,
@@ -326,9 +327,9 @@ class ConvNormActivation(nn.Module):
         self.norm = _conv_norm(cfg, in_channels if cfg.norm_first else width, dimensions=2)
         self.pixel_shuffle: nn.Module = nn.Identity()
         if cfg.scale_factor > 0:
-            self.pixel_shuffle = nn.PixelShuffle(cfg.scale_factor)
+            self.pixel_shuffle = PixelShuffle(cfg.scale_factor)
         elif cfg.scale_factor < 0:
-            self.pixel_shuffle = nn.PixelUnshuffle(-cfg.scale_factor)
+            self.pixel_shuffle = PixelUnshuffle(-cfg.scale_factor)
         self.activation = _conv_activation(cfg.activation, dim=-3)
         self.dropout = _dropout(cfg.dropout)
         self.norm_first = cfg.norm_first
@@ -446,7 +447,25 @@ def _one_convolution(layer: Any, x: Tensor) -> Tensor:
 
 _MAP_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Identity)
 """SyncBatchNorm, which averages over processes, is none of them."""
-_SHUFFLES = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Identity)
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """torch's, for empty batches too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., C f^2, H, W) to (..., C, H f, W f)."""
+        return pixel_shuffle(input, self.upscale_factor)
+
+
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """torch's, for empty batches too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., C, H f, W f) to (..., C f^2, H, W)."""
+        return pixel_shuffle(input, -self.downscale_factor)
+
+
+_SHUFFLES = (PixelShuffle, PixelUnshuffle, nn.Identity)
 
 
 class HorizonShuffle(nn.Module):

@@ -21,6 +21,8 @@ from ml_networks.torch.layers import (
     ConvNormActivation1d,
     HorizonShuffle,
     HorizonUnShuffle,
+    PixelShuffle,
+    PixelUnshuffle,
     _has_hooks,
     convolve,
     is_per_sample,
@@ -92,7 +94,7 @@ class Downsample2d(_Resample):
     def make(dim: int, use_shuffle: bool) -> nn.Module:
         """Make the layer."""
         if use_shuffle:
-            return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * dim, dim, 3, padding=1))
+            return nn.Sequential(PixelUnshuffle(2), nn.Conv2d(4 * dim, dim, 3, padding=1))
         return nn.Conv2d(dim, dim, 3, 2, 1)
 
 
@@ -130,7 +132,7 @@ class Upsample2d(_Resample):
     def make(dim: int, use_shuffle: bool) -> nn.Module:
         """Make the layer."""
         if use_shuffle:
-            return nn.Sequential(nn.Conv2d(dim, 4 * dim, 3, padding=1), nn.PixelShuffle(2))
+            return nn.Sequential(nn.Conv2d(dim, 4 * dim, 3, padding=1), PixelShuffle(2))
         return nn.ConvTranspose2d(dim, dim, 4, 2, 1)
 
 

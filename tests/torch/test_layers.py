@@ -386,3 +386,16 @@ def test_strides_and_empty_batches() -> None:
     assert MLPLayer(3, 2, MLPConfig(4, 1, "Tanh", LinearConfig("ReLU")))(
         torch.randn(0, 3)
     ).shape == (0, 2)
+
+
+@pytest.mark.parametrize("factor", [2, -2])
+def test_pixel_shuffles_of_an_empty_batch(factor: int) -> None:
+    cfg = ConvConfig("ReLU", 3, 1, 1, scale_factor=factor)
+    layer = ConvNormActivation(4, 8, cfg)
+    x = torch.zeros(0, 4, 6, 8, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, *layer(torch.zeros(1, 4, 6, 8)).shape[1:])
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert all(parameter.grad is not None for parameter in layer.parameters())
