@@ -34,21 +34,18 @@ def compiles(test: object) -> object:
 @pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize("op", OPS)
 def test_chosen_kernels_are_clean(op: str, target: str) -> None:
+    kernels = [
+        (problem, resources)
+        for problem, found in ahead_of_time.chosen(registry.get(op), device.target(target))
+        for resources in found
+    ]
     complaints = {
-        f"{problem} {resources.kernel}": resources.complaints
-        for problem, kernels in ahead_of_time.chosen(registry.get(op), device.target(target))
-        for resources in kernels
-        if not resources.clean
+        f"{p} {found.kernel}": found.complaints for p, found in kernels if not found.clean
     }
     assert not complaints
-
-
-@compiles
-def test_every_op_has_a_kernel_on_hopper() -> None:
-    for op in registry.ops().values():
-        kernels = [k for _, ks in ahead_of_time.chosen(op, device.target("sm_90")) for k in ks]
-        assert kernels, op.name
-        assert all(kernel.registers > 0 and kernel.occupancy > 0 for kernel in kernels)
+    assert all(found.registers > 0 and found.occupancy > 0 for _, found in kernels)
+    # Elsewhere an op may be left to the plain path.
+    assert kernels or target != "sm_90"
 
 
 @compiles
