@@ -176,7 +176,7 @@ def _run(
         outputs = binding.call({**inputs, **values}, flags, None)
         return {k: v for k, v in outputs.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
-    wanted = {name: inputs[name] for name in binding.differentiable if name in inputs}
+    wanted = {name: inputs[name] for name in binding.wanted(inputs)}
     if not backward:
         return floating(wanted)
     outputs, pull = jax.vjp(floating, wanted)

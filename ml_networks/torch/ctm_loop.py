@@ -33,6 +33,7 @@ from ml_networks.kernels.torch import (
     norm_activation,
     norm_silu_skip_norm,
 )
+from ml_networks.torch.layers import has_hooks
 from ml_networks.torch.lora import HyperLoRALinear
 from ml_networks.torch.neurons import PreparedNeurons, SuperLinear
 from ml_networks.torch.synapses import SynapseUNET
@@ -522,13 +523,7 @@ def _pulled(
 
 def _plain(module: nn.Module, *kinds: type) -> bool:
     """Whether a module is of one of these very classes, and nothing listens to its calls."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module) in kinds and not any(hooks)
+    return type(module) in kinds and not has_hooks(module)
 
 
 def _silent(dropout: nn.Module) -> bool:

@@ -157,7 +157,7 @@ class LinearNormActivation(nn.Module):
             and type(self.activation) is Activation
             and type(self.dropout) in (nn.Dropout, nn.Identity)
             and getattr(self.dropout, "p", 0.0) < 1
-            and not any(_has_hooks(child) for child in children)
+            and not any(has_hooks(child) for child in children)
         )
 
     def _one_op(self, x: Tensor) -> Tensor:
@@ -179,7 +179,8 @@ class LinearNormActivation(nn.Module):
 _ROW_NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "none"}
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything listens to the calls of a module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -235,13 +236,13 @@ class MLPLayer(Module):
     def _is_one_op(self) -> bool:
         """Whether the layers are as they were made, the hidden ones alike and without a norm
         first."""
-        if type(self.dense) is not nn.Sequential or len(self.dense) < 2 or _has_hooks(self.dense):
+        if type(self.dense) is not nn.Sequential or len(self.dense) < 2 or has_hooks(self.dense):
             return False
         layers: list[Any] = list(self.dense)
         *hidden, last = layers
         return (
             not any(
-                type(layer) is not LinearNormActivation or _has_hooks(layer) for layer in layers
+                type(layer) is not LinearNormActivation or has_hooks(layer) for layer in layers
             )
             and all(layer._is_one_op() and not layer.norm_first for layer in layers)
             and len({_hidden_options(layer) for layer in hidden}) == 1
@@ -371,7 +372,7 @@ def _is_one_tail(layer: Any, *others: nn.Module) -> bool:
         and type(layer.dropout) in (nn.Dropout, nn.Identity)
         and getattr(layer.dropout, "p", 0.0) < 1
         and all(type(other) in _SHUFFLES for other in others)
-        and not any(_has_hooks(child) for child in children)
+        and not any(has_hooks(child) for child in children)
     )
 
 
@@ -411,7 +412,7 @@ def _is_one_convolution(layer: Any, shuffle: nn.Module) -> bool:
         and (type(conv.weight) is nn.Parameter or is_per_sample(conv))
         and type(layer.activation) is Activation
         and type(shuffle) in (*_SHUFFLES, HorizonShuffle, HorizonUnShuffle)
-        and not any(_has_hooks(child) for child in (conv, layer.norm, layer.activation, shuffle))
+        and not any(has_hooks(child) for child in (conv, layer.norm, layer.activation, shuffle))
     )
 
 
@@ -733,7 +734,7 @@ class ResidualBlock(nn.Module):
             and not (last.norm_first and type(last.norm) is not nn.Identity)
             and _is_one_tail(last, last.pixel_shuffle)
             and type(self.activation) is Activation
-            and not any(_has_hooks(child) for child in (self.conv_block, last, self.activation))
+            and not any(has_hooks(child) for child in (self.conv_block, last, self.activation))
         )
 
     def _one_op(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ml_networks._compat import checked_keywords
 from ml_networks._geometry import hyper_levels, synapse_widths
 from ml_networks.kernels.torch import norm_activation, norm_silu_skip_norm
-from ml_networks.torch.layers import _has_hooks
+from ml_networks.torch.layers import has_hooks
 from ml_networks.torch.lora import HyperLoRALinear
 
 __all__ = ["HyperSynapseUNET", "SynapseUNET", "make_synapses"]
@@ -102,14 +102,14 @@ class SynapseUNET(nn.Module):
         for projection in self._projections():
             *_, norm, activation = projection
             norms.append(norm)
-            if type(activation) is not nn.SiLU or _has_hooks(activation) or _has_hooks(projection):
+            if type(activation) is not nn.SiLU or has_hooks(activation) or has_hooks(projection):
                 return False
         return all(
             type(norm) is nn.LayerNorm
             and type(norm.weight) is nn.Parameter
             and type(norm.bias) is nn.Parameter
             and norm.eps == norms[0].eps
-            and not _has_hooks(norm)
+            and not has_hooks(norm)
             for norm in norms
         )
 

@@ -23,8 +23,8 @@ from ml_networks.torch.layers import (
     HorizonUnShuffle,
     PixelShuffle,
     PixelUnshuffle,
-    _has_hooks,
     convolve,
+    has_hooks,
     is_per_sample,
 )
 
@@ -195,8 +195,7 @@ class _ConditionalResidualBlock(nn.Module):
         kind: Any = _CONV_NORM_ACTIVATION[self.sides]
         layers: tuple[Any, Any] = (self.first_conv, self.last_conv)
         return all(
-            type(layer) is kind and not _has_hooks(layer) and layer._is_one_op()
-            for layer in layers
+            type(layer) is kind and not has_hooks(layer) and layer._is_one_op() for layer in layers
         )
 
     def _one_op(self, x: Tensor, cond: Tensor) -> Tensor:
