@@ -17,6 +17,7 @@ from .neuron_level_model.torch_op import (
 )
 from .norm_activation.torch_op import norm_activation
 from .norm_activation_shuffle.torch_op import norm_activation_shuffle
+from .norm_silu_linear.torch_op import linear_norm_silu_gradient, norm_silu_linear
 from .norm_silu_skip_norm.torch_op import norm_silu_skip_norm
 from .synchronisation.torch_op import synchronisation
 
@@ -29,12 +30,14 @@ __all__ = [
     "fused_mlp",
     "hyper_lora_linear",
     "linear_norm_activation",
+    "linear_norm_silu_gradient",
     "lora_linear",
     "neuron_level_model",
     "neuron_level_model_trace_gradient",
     "neuron_level_model_weight_gradient",
     "norm_activation",
     "norm_activation_shuffle",
+    "norm_silu_linear",
     "norm_silu_skip_norm",
     "synchronisation",
 ]
