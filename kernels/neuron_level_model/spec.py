@@ -174,6 +174,8 @@ def check_shapes(shapes: Mapping[str, Shape | None]) -> None:
         )
     if "of_z" in shapes:
         wanted["of_z"] = trace[:-1]
+    if shapes.get("out") is not None:
+        wanted["out"] = trace[:-1]
     if shapes.get("into") is not None:
         wanted["into"] = trace
     for name, shape in wanted.items():

@@ -4,7 +4,7 @@ custom ops work on traces (rows, neurons, memory)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ def neuron_level_model(
     weight2: Tensor | None = None,
     bias2: Tensor | None = None,
     *,
+    out: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     r"""Map the recent past of every neuron to its activation, by the neuron's own small network.
@@ -49,6 +50,9 @@ def neuron_level_model(
         :math:`W_1`, (D, M, 2 H), the values' columns before the gates', and :math:`b_1`, (D, 2 H).
     weight2, bias2
         :math:`W_2`, (D, H, 2), and :math:`b_2`, (D, 2); None: no second layer, and H = 1.
+    out
+        :math:`z` is written to this tensor, which is also returned: (..., D), any strides that
+        reach no element twice, any floating-point dtype. Not differentiable.
     implementation
         ``"torch"``, ``"triton"``, or None to let dispatch choose.
 
@@ -75,7 +79,12 @@ def neuron_level_model(
     Darlow et al., "Continuous Thought Machines", arXiv 2505.05522.
     """
     named = _named(trace, weight1, bias1, weight2, bias2)
-    rows, *weights = _rows(named)
+    rows, *weights = _rows(named, out=out)
+    if out is not None:
+        with torch.no_grad():
+            z = out if out.dim() == 2 else out.view(rows.shape[:2])
+            _activate(z, rows, cast(Weights, tuple(weights)), implementation)
+        return out
     if _is_plain(rows, weight1, weight2, "forward", implementation) or torch_functions.transformed(
         *named.values()
     ):
@@ -105,7 +114,7 @@ def neuron_level_model_trace_gradient(
     Parameters
     ----------
     of_z
-        Gradient of the result, (..., D), any strides.
+        Gradient of the result, (..., D), any strides, any floating-point dtype.
     trace, weight1, bias1, weight2, bias2, implementation
         As in :func:`neuron_level_model`.
     into
@@ -123,7 +132,7 @@ def neuron_level_model_trace_gradient(
         As in :func:`neuron_level_model`.
     """
     named = {"of_z": of_z, **_named(trace, weight1, bias1, weight2, bias2)}
-    of_rows, rows, *weights = _rows(named, into)
+    of_rows, rows, *weights = _rows(named, into=into)
     plain = _is_plain(rows, weight1, weight2, "backward", implementation)
     if into is None:
         function = _plain_trace_gradient if plain else _trace_op
@@ -176,6 +185,8 @@ def neuron_level_model_weight_gradient(
     return found if weight2 is not None else found[:2]
 
 
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 """The gradients of the weights; the last two are empty without a second layer."""
 
@@ -192,11 +203,18 @@ def _named(
     }
 
 
-def _rows(named: Mapping[str, Tensor | None], into: Tensor | None = None) -> list[Any]:
-    """The checked arguments, with one leading axis."""
-    tensors = dict(zip(named, torch_tensors(named), strict=True))
-    shapes = {name: None if t is None else t.shape for name, t in tensors.items()}
-    spec.check_shapes(shapes if into is None else {**shapes, "into": into.shape})
+def _rows(named: Mapping[str, Tensor | None], **results: Tensor | None) -> list[Any]:
+    """The checked arguments, with one leading axis. A gradient keeps its dtype."""
+    rest = {name: value for name, value in named.items() if name != "of_z"}
+    tensors = dict(zip(rest, torch_tensors(rest), strict=True))
+    if "of_z" in named:
+        of_z = named["of_z"]
+        if not isinstance(of_z, Tensor) or not of_z.is_floating_point():
+            got = getattr(of_z, "dtype", type(of_z).__name__)
+            raise TypeError(f"of_z must be a floating-point tensor, got {got}")
+        tensors = {"of_z": of_z, **tensors}
+    shapes = {name: None if t is None else t.shape for name, t in {**tensors, **results}.items()}
+    spec.check_shapes(shapes)
     for name, kept in (("of_z", 1), ("trace", 2)):
         if name in tensors and tensors[name].dim() != kept + 1:
             shape = tensors[name].shape
@@ -266,7 +284,7 @@ def _plain_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the first layer's and the second layer's results, and the hidden layer."""
     first = torch.baddbmm(bias1.unsqueeze(1), trace.transpose(0, 1), weight1)
-    hidden = F.glu(first)
+    hidden, of_z = F.glu(first), of_z.to(trace.dtype)
     of_product, of_second = of_z.T.unsqueeze(-1), of_z.new_empty(0)
     if weight2 is not None and bias2 is not None:
         second = torch.baddbmm(bias2.unsqueeze(1), hidden, weight2)
@@ -288,6 +306,19 @@ def _plain_weight_gradient(of_z: Tensor, trace: Tensor, *weights: Any) -> Four:
     return trace.permute(1, 2, 0) @ of_first, of_first.sum(1), of_weight2, of_bias2
 
 
+def _activate(z: Tensor, trace: Tensor, weights: Weights, implementation: str | None) -> None:
+    """Write the activations."""
+    decision = _decide(trace, weights[0], weights[2], "forward", implementation)
+    with usage.timed(decision):
+        if decision.implementation == "torch" or trace.shape[0] == 0:
+            z.copy_(_plain(trace, *weights))
+            return
+        from . import triton_kernel
+
+        device = torch_device(trace.device)
+        triton_kernel.forward(z, trace, *_contiguous(*weights), decision.config, device)
+
+
 @torch.library.custom_op("ml_networks::neuron_level_model", mutates_args=())
 def _forward_op(
     trace: Tensor,
@@ -297,16 +328,9 @@ def _forward_op(
     bias2: Tensor | None,
     implementation: str | None,
 ) -> Tensor:
-    decision = _decide(trace, weight1, weight2, "forward", implementation)
-    weights = weight1, bias1, weight2, bias2
-    with usage.timed(decision):
-        if decision.implementation == "torch" or trace.shape[0] == 0:
-            return _plain(trace, *weights).contiguous()
-        from . import triton_kernel
-
-        return triton_kernel.forward(
-            trace, *_contiguous(*weights), decision.config, torch_device(trace.device)
-        )
+    z = trace.new_empty(tuple(trace.shape[:2]))
+    _activate(z, trace, (weight1, bias1, weight2, bias2), implementation)
+    return z
 
 
 @_forward_op.register_fake
@@ -367,7 +391,7 @@ def _trace_gradient(
     add: bool,
     of_z: Tensor,
     trace: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    weights: Weights,
     implementation: str | None,
 ) -> None:
     """Write or add the gradient of ``trace``."""
@@ -423,7 +447,7 @@ def _(
 
 def _contiguous(
     weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Weights:
     if weight2 is None or bias2 is None:
         return weight1.contiguous(), bias1.contiguous(), None, None
     return weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2.contiguous()

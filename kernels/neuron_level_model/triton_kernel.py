@@ -166,8 +166,9 @@ def forward_kernel(
     UPCAST: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """The activations of one block of neurons and rows. ``GRADIENT``: instead, the gradients of
-    value and gate of the last layer, (2, rows, neurons)."""
+    """The activations of one block of neurons and rows, whose strides are given as those of
+    ``of_z``. ``GRADIENT``: instead, the gradients of value and gate of the last layer,
+    (2, rows, neurons)."""
     neuron_blocks = tl.cdiv(neurons, BLOCK_NEURONS)
     program = tl.program_id(0)
     neuron = (program % neuron_blocks).to(tl.int64) * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
@@ -182,14 +183,15 @@ def forward_kernel(
         x, weight1, bias1, weight2, bias2, neuron, real,
         MEMORY, HIDDEN, BLOCK_HIDDEN, PRECISION, UPCAST,
     )  # fmt: skip
-    target = z + (row * neurons)[None, :] + neuron[:, None]
     if GRADIENT:
+        target = z + (row * neurons)[None, :] + neuron[:, None]
         of_value, of_gate = _last_gradient(
             of_z, value, opened, neuron, row, mask, of_z_row, of_z_neuron
         )
         tl.store(target, of_value, mask=mask)
         tl.store(target + tl.full([], 1, tl.int64) * rows * neurons, of_gate, mask=mask)
     else:
+        target = z + (row * of_z_row)[None, :] + (neuron * of_z_neuron)[:, None]
         tl.store(target, (value * opened).to(z.dtype.element_ty), mask=mask)
 
 
@@ -413,6 +415,7 @@ def _blocks(rows: int, neurons: int, config: Config) -> int:
 
 
 def forward(
+    z: torch.Tensor,
     trace: torch.Tensor,
     weight1: torch.Tensor,
     bias1: torch.Tensor,
@@ -420,15 +423,14 @@ def forward(
     bias2: torch.Tensor | None,
     config: Config,
     device: Device,
-) -> torch.Tensor:
-    """Launch on ``trace`` (rows, neurons, memory), rows > 0, any strides; contiguous weights."""
+) -> None:
+    """Launch on ``trace`` (rows, neurons, memory), rows > 0, into ``z`` (rows, neurons), both of
+    any strides; contiguous weights."""
     rows, neurons, _ = trace.shape
     tensors, constants = _shared(trace, weight1, bias1, weight2, bias2, config, device)
-    z = torch.empty((rows, neurons), dtype=trace.dtype, device=trace.device)
     forward_kernel[(_blocks(rows, neurons, config),)](
         z, *tensors, z, rows, neurons, *z.stride(), *trace.stride(), **constants, GRADIENT=False
     )
-    return z
 
 
 def trace_gradient(

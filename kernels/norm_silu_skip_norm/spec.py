@@ -121,7 +121,7 @@ def check_arguments(shape: tuple[int, ...], given: dict[str, tuple[int, ...]]) -
     if not shape or shape[-1] < 1:
         raise ValueError(f"x has shape {shape}; it needs a last axis of at least one element")
     for name, got in given.items():
-        wanted = shape if name == "skip" else shape[-1:]
+        wanted = shape if name in ("skip", "out") else shape[-1:]
         if got != wanted:
             raise ValueError(f"{name} has shape {got}; here it must be {wanted}")
 

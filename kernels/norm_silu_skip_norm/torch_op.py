@@ -25,6 +25,7 @@ def norm_silu_skip_norm(
     skip_bias: Tensor,
     *,
     eps: float = 1e-5,
+    out: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     r"""Layer norm, SiLU, a skip connection and its layer norm, in one kernel.
@@ -46,11 +47,14 @@ def norm_silu_skip_norm(
     weight, bias
         :math:`\gamma` and :math:`\beta`, shape (C,).
     skip
-        :math:`s`, the shape and dtype of ``x``.
+        :math:`s`, the shape and dtype of ``x``; with ``out`` any floating-point dtype.
     skip_weight, skip_bias
         :math:`\gamma_s` and :math:`\beta_s`, shape (C,).
     eps
         :math:`\epsilon` of both norms. Default 1e-5.
+    out
+        y is written to this tensor, which is also returned: (..., C), columns of stride 1, any
+        floating-point dtype. Not differentiable.
     implementation
         ``"torch"``, ``"triton"``, or None to let dispatch choose.
 
@@ -84,23 +88,35 @@ def norm_silu_skip_norm(
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if skip.dtype != x.dtype:
+    if skip.dtype != x.dtype and out is None:
         raise TypeError(f"skip is {skip.dtype}; it must be {x.dtype} like x")
-    spec.check_arguments(tuple(x.shape), {k: tuple(v.shape) for k, v in given.items()})
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
+    if out is not None:
+        spec.check_arguments(tuple(x.shape), {**shapes, "out": tuple(out.shape)})
+        with torch.no_grad():
+            weights = weight, bias, skip, skip_weight, skip_bias
+            _write(_rows(out, view=True), _rows(x), *weights, eps, implementation)
+        return out
+    spec.check_arguments(tuple(x.shape), shapes)
     if _takes_plain_path(x, implementation) or torch_functions.transformed(x, *given.values()):
         return _plain(x, weight, bias, skip, skip_weight, skip_bias, eps)
-    shape = -1 if x.numel() else 0, x.shape[-1]
     y = _forward_op(
-        x.reshape(shape),
+        _rows(x),
         weight,
         bias,
-        skip.reshape(shape),
+        _rows(skip),
         skip_weight,
         skip_bias,
         eps,
         implementation,
     )
     return y.reshape(x.shape)
+
+
+def _rows(value: Tensor, view: bool = False) -> Tensor:
+    """As (rows, width); with ``view`` never a copy."""
+    shape = value.shape[:-1].numel(), value.shape[-1]
+    return value.view(shape) if view else value.reshape(shape)
 
 
 def _takes_plain_path(x: Tensor, implementation: str | None) -> bool:
@@ -139,6 +155,30 @@ def _plain(
     return y.to(x.dtype)  # autocast makes it float32
 
 
+def _write(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor,
+    skip_weight: Tensor,
+    skip_bias: Tensor,
+    eps: float,
+    implementation: str | None,
+) -> None:
+    """The op on rows, into ``y``."""
+    decision = _decide(x, "forward", True, implementation)
+    with usage.timed(decision):
+        if decision.implementation == "torch" or not len(x):
+            y.copy_(_plain(x, weight, bias, skip, skip_weight, skip_bias, eps))
+            return
+        from . import triton_kernel
+
+        inner = weight.contiguous(), bias.contiguous()
+        outer = skip_weight.contiguous(), skip_bias.contiguous()
+        triton_kernel.forward(y, x, *inner, _rows(skip), *outer, eps, decision.config)
+
+
 @torch.library.custom_op("ml_networks::norm_silu_skip_norm", mutates_args=())
 def _forward_op(
     x: Tensor,
@@ -150,15 +190,9 @@ def _forward_op(
     eps: float,
     implementation: str | None,
 ) -> Tensor:
-    decision = _decide(x, "forward", True, implementation)
-    with usage.timed(decision):
-        if decision.implementation == "torch" or not len(x):
-            return _plain(x, weight, bias, skip, skip_weight, skip_bias, eps)
-        from . import triton_kernel
-
-        inner = weight.contiguous(), bias.contiguous()
-        outer = skip_weight.contiguous(), skip_bias.contiguous()
-        return triton_kernel.forward(x, *inner, skip, *outer, eps, decision.config)
+    y = x.new_empty(tuple(x.shape))
+    _write(y, x, weight, bias, skip, skip_weight, skip_bias, eps, implementation)
+    return y
 
 
 @_forward_op.register_fake

@@ -50,6 +50,7 @@ def forward_kernel(
     x_column,
     skip_row,
     skip_column,
+    y_row,
     eps,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -70,7 +71,7 @@ def forward_kernel(
     value, _ = activation(value, "SiLU")
     value, _ = _normalized(value + skipped, mask, eps, WIDTH)
     value, _ = scale_and_shift(value, skip_weight, skip_bias, column, in_row, True, True)
-    target = y + (row * WIDTH)[:, None] + column[None, :]
+    target = y + (row * y_row)[:, None] + column[None, :]
     tl.store(target, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -156,6 +157,7 @@ def _chunks(rows: int, block_rows: int, processors: int) -> tuple[int, int]:
 
 
 def forward(
+    y: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -164,10 +166,10 @@ def forward(
     skip_bias: torch.Tensor,
     eps: float,
     config: Config,
-) -> torch.Tensor:
-    """Launch on ``x`` (rows, width), rows > 0; weights and biases are contiguous."""
+) -> None:
+    """Launch on ``x`` (rows, width), rows > 0, into ``y``, whose last axis has stride 1; weights
+    and biases are contiguous."""
     rows, width = x.shape
-    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     forward_kernel[(triton.cdiv(rows, config.block_rows),)](
         x,
         weight,
@@ -179,11 +181,11 @@ def forward(
         rows,
         *x.stride(),
         *skip.stride(),
+        y.stride(0),
         eps,
         **_constants(width, config),
         num_warps=config.num_warps,
     )
-    return y
 
 
 def backward(
@@ -240,7 +242,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     sizes = {
         "rows": rows,
         "tiles": tiles,
-        **dict.fromkeys(("x_row", "skip_row", "of_y_row"), width),
+        **dict.fromkeys(("x_row", "skip_row", "y_row", "of_y_row"), width),
         **dict.fromkeys(("x_column", "skip_column", "of_y_column"), 1),
     }
     # ``tiles`` is not specialised: it changes with the device and says nothing about addresses.

@@ -216,6 +216,33 @@ def test_gradients_add_up_in_float32(implementation: str) -> None:
 
 
 @each
+def test_a_gradient_may_be_of_another_dtype_and_results_go_where_they_are_wanted(
+    implementation: str,
+) -> None:
+    tensors = tensors_of(inputs_of(), torch.bfloat16)
+    of_z = torch.from_numpy(draw(6, 5)).to(DEVICE)
+    own, other = (
+        neuron_level_model_trace_gradient(
+            gradient,
+            **tensors,
+            into=torch.zeros(6, 5, 7, device=DEVICE),
+            implementation=implementation,
+        )
+        for gradient in (of_z.bfloat16(), of_z)
+    )
+    torch.testing.assert_close(own, other, rtol=0.05, atol=0.05)
+    z = neuron_level_model(**tensors, implementation=implementation)
+    wide = torch.zeros(6, 9, device=DEVICE, dtype=torch.bfloat16)
+    target = wide[:, 2:7]
+    assert neuron_level_model(**tensors, out=target, implementation=implementation) is target
+    assert torch.equal(target, z)
+    assert not wide[:, :2].any()
+    assert not wide[:, 7:].any()
+    with pytest.raises(ValueError, match=r"out has shape \(6, 4\)"):
+        neuron_level_model(**tensors, out=wide[:, :4], implementation=implementation)
+
+
+@each
 def test_strides_and_offsets_beyond_two_to_the_31(implementation: str) -> None:
     tensors = tensors_of(inputs_of(3, 5, 2), torch.float16)
     memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)

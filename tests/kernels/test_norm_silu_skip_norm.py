@@ -232,6 +232,23 @@ def test_frozen_weights_get_no_gradient(implementation: str) -> None:
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", TORCH)
+def test_results_go_where_they_are_wanted(implementation: str) -> None:
+    leaves = {name: value.detach() for name, value in leaves_of(inputs_of(5, 6)).items()}
+    exact = torch_function(**leaves, implementation="torch")
+    wide = torch.zeros(5, 9, device=DEVICE)
+    target = wide[:, 2:8]
+    assert torch_function(**leaves, out=target, implementation=implementation) is target
+    torch.testing.assert_close(target, exact, rtol=1e-4, atol=1e-5)
+    assert not wide[:, :2].any()
+    assert not wide[:, 8:].any()
+    mixed = {**leaves, "skip": leaves["skip"].double()}
+    torch_function(**mixed, out=target, implementation=implementation)
+    torch.testing.assert_close(target, exact, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"out has shape \(5, 9\)"):
+        torch_function(**leaves, out=wide, implementation=implementation)
+
+
 @pytest.mark.skipif(INTERPRETING, reason="torch.compile cannot trace the Triton interpreter")
 @pytest.mark.parametrize("implementation", TORCH)
 def test_compiles_whole_and_does_not_recompile_for_a_new_length(implementation: str) -> None:
