@@ -13,6 +13,7 @@ from .lora_linear.jax_op import lora_linear
 from .neuron_level_model.jax_op import neuron_level_model
 from .norm_activation.jax_op import norm_activation
 from .norm_activation_shuffle.jax_op import norm_activation_shuffle
+from .norm_silu_linear.jax_op import linear_norm_silu_gradient, norm_silu_linear
 from .norm_silu_skip_norm.jax_op import norm_silu_skip_norm
 from .synchronisation.jax_op import synchronisation
 
@@ -25,10 +26,12 @@ __all__ = [
     "fused_mlp",
     "hyper_lora_linear",
     "linear_norm_activation",
+    "linear_norm_silu_gradient",
     "lora_linear",
     "neuron_level_model",
     "norm_activation",
     "norm_activation_shuffle",
+    "norm_silu_linear",
     "norm_silu_skip_norm",
     "synchronisation",
 ]

@@ -83,6 +83,8 @@ def flops(problem: Problem) -> int:
 
 def not_supported_reasons(problem: Problem, implementation: str, device: Device) -> list[str]:
     """Why ``implementation`` cannot run ``problem`` on ``device``; empty if it can."""
+    if implementation == "pallas" and device.platform == "tpu":
+        return ["XLA fuses what precedes a product on a TPU"]
     return []
 
 
@@ -95,8 +97,6 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
     if plain is not None and problem["rows"] > FEW_ROWS:
         why = f"above {FEW_ROWS} rows it pays to normalise them once, in a kernel of its own"
         return Choice(plain, None, why)
-    if plain is not None and device.platform == "tpu":
-        return Choice(plain, None, "XLA fuses what precedes a product on a TPU")
     return Choice(fused, _config(problem, device), "one launch in place of two")
 
 
