@@ -247,9 +247,7 @@ def _finish(norms: Norms, options: _Options) -> Array:
     own: dict[str, Any] = {"eps": options.eps}
     own["implementation"] = "xla" if options.implementation == "xla" else None
     if norms.skip is None:
-        return norm_activation(
-            x, norms.weight, norms.bias, norm="layer", activation="SiLU", **own
-        )
+        return norm_activation(x, norms.weight, norms.bias, norm="layer", activation="SiLU", **own)
     skip = norms.skip.astype(x.dtype)
     after = norms.skip_weight, norms.skip_bias
     return norm_silu_skip_norm(x, norms.weight, norms.bias, skip, *after, **own)
@@ -280,9 +278,7 @@ def _fused_backward(options: _Options, arrays: _Arrays, cotangents: _Pair) -> tu
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _plain_gradient(
-    of_h: Array, arrays: _Arrays, options: _Options
-) -> tuple[Array, Array | None]:
+def _plain_gradient(of_h: Array, arrays: _Arrays, options: _Options) -> tuple[Array, Array | None]:
     norms, weight = arrays.norms, arrays.weight
     dtype = norms.weight.dtype
     x, skip = norms.x.astype(dtype), None if norms.skip is None else norms.skip.astype(dtype)

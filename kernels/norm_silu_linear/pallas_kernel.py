@@ -170,7 +170,7 @@ def _forward_kernel(
     *inputs, y, h = references
     norms = _norms(inputs, skip)
     weight, *bias = inputs
-    rows, share = _Rows(norms, sizes, eps), pl.program_id(1) * sizes.share
+    rows = _Rows(norms, sizes, eps)
     down, across = _feature(sizes, 0), _feature(sizes, 1)
     number = _iota(sizes.block_rows, 0)
 

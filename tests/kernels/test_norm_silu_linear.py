@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+jax = pytest.importorskip("jax", reason="jax is not installed")
 
+import jax.numpy as jnp  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from ml_networks.kernels import explain, record_usage  # noqa: E402
-from ml_networks.kernels.core import device  # noqa: E402
+from ml_networks.kernels import jax as jax_ops  # noqa: E402
+from ml_networks.kernels.core import device, pallas  # noqa: E402
 from ml_networks.kernels.core.errors import UnsupportedImplementationError  # noqa: E402
 from ml_networks.kernels.core.problem import Case  # noqa: E402
 from ml_networks.kernels.norm_silu_linear import reference, torch_op  # noqa: E402
@@ -30,6 +33,8 @@ from ml_networks.kernels.torch import (  # noqa: E402
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TORCH = ["torch", "triton"] if INTERPRETING or DEVICE == "cuda" else ["torch"]
+EVERY = [*(("torch", name) for name in TORCH), ("jax", "xla"), ("jax", "pallas")]
+every = pytest.mark.parametrize("where", EVERY, ids="-".join)
 needs_triton = pytest.mark.skipif(len(TORCH) == 1, reason="needs TRITON_INTERPRET=1 or a GPU")
 Given = dict[str, np.ndarray]
 AFTER = ("skip", "skip_weight", "skip_bias")
@@ -53,66 +58,139 @@ def leaves_of(inputs: Given, dtype: Any = torch.float32) -> dict[str, torch.Tens
     return {name: value.requires_grad_() for name, value in tensors_of(inputs, dtype).items()}
 
 
+def arrays_of(framework: str, inputs: Given) -> dict[str, Any]:
+    if framework == "torch":
+        return tensors_of(inputs)
+    return {name: jnp.asarray(value) for name, value in inputs.items()}
+
+
+def numbers_of(found: dict[str, Any]) -> Given:
+    return {
+        name: value.detach().cpu().double().numpy()
+        if isinstance(value, torch.Tensor)
+        else np.asarray(value, np.float64)
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def forward(where: tuple[str, str], arrays: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    framework, implementation = where
+    function = norm_silu_linear if framework == "torch" else jax_ops.norm_silu_linear
+    with pallas.interpret():
+        return function(**arrays, **options, implementation=implementation)
+
+
+def of_linear(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the gradient for loops: another linear layer's weight, and no bias."""
+    given = {name: value for name, value in arrays.items() if name != "bias"}
+    return {**given, "weight": given["weight"].T}
+
+
+def pull(
+    where: tuple[str, str], arrays: dict[str, Any], of_h: Any, **options: Any
+) -> dict[str, Any]:
+    """The gradients for loops, for the transpose of the weight."""
+    framework, implementation = where
+    function = linear_norm_silu_gradient
+    if framework == "jax":
+        function = jax_ops.linear_norm_silu_gradient
+    options["implementation"] = implementation
+    with pallas.interpret():
+        of_u, of_skip = function(of_h, **of_linear(arrays), **options)
+    return {"input": of_u, "skip": of_skip}
+
+
+def run(where: tuple[str, str], inputs: Given, of_y: np.ndarray, of_h: np.ndarray) -> Given:
+    """``y``, ``h`` and the gradients of all inputs."""
+    framework, implementation = where
+    if framework == "torch":
+        leaves = leaves_of(inputs)
+        results = norm_silu_linear(**leaves, implementation=implementation)
+        cotangents = [torch.from_numpy(value).to(DEVICE) for value in (of_y, of_h)]
+        gradients = torch.autograd.grad(results, list(leaves.values()), cotangents)
+        found = dict(zip(leaves, gradients, strict=True))
+    else:
+
+        def function(values: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return jax_ops.norm_silu_linear(**values, implementation=implementation)
+
+        with pallas.interpret():
+            results, pulled = jax.vjp(function, arrays_of("jax", inputs))
+            (found,) = pulled((jnp.asarray(of_y), jnp.asarray(of_h)))
+    return numbers_of({"y": results[0], "h": results[1], **found})
+
+
 def assert_near(got: Any, exact: np.ndarray, name: str = "", within: float = 5e-5) -> None:
-    got = got.detach().cpu().double().numpy()
+    (got,) = numbers_of({name: got}).values()
     assert np.abs(got - exact).max() <= within * (np.abs(exact).max() + 1.0), name
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("implementation", TORCH)
-def test_equals_the_layers_it_replaces(implementation: str, skip: bool) -> None:
+@every
+def test_equals_the_layers_it_replaces(where: tuple[str, str], skip: bool) -> None:
     inputs, of_y, of_h = inputs_of(6, 24, 10, skip), draw(6, 10), draw(6, 24)
-    leaves = leaves_of(inputs)
-    y, h = norm_silu_linear(**leaves, implementation=implementation)
-    cotangents = [torch.from_numpy(value).to(DEVICE) for value in (of_y, of_h)]
-    found = torch.autograd.grad((y, h), list(leaves.values()), cotangents)
-    x = leaves["x"]
+    leaves = {name: torch.from_numpy(value).requires_grad_() for name, value in inputs.items()}
     layer_norm, size = torch.nn.functional.layer_norm, (24,)
-    value = layer_norm(x, size, leaves["norm_weight"], leaves["norm_bias"])
-    value = torch.nn.functional.silu(value)
+    h = layer_norm(leaves["x"], size, leaves["norm_weight"], leaves["norm_bias"])
+    h = torch.nn.functional.silu(h)
     if skip:
-        value = layer_norm(value + leaves["skip"], size, *(leaves[name] for name in AFTER[1:]))
-    result = torch.nn.functional.linear(value, leaves["weight"], leaves["bias"])
-    exact = torch.autograd.grad((result, value), list(leaves.values()), cotangents)
-    torch.testing.assert_close((y, h), (result, value), rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+        h = layer_norm(h + leaves["skip"], size, *(leaves[name] for name in AFTER[1:]))
+    y = torch.nn.functional.linear(h, leaves["weight"], leaves["bias"])
+    cotangents = torch.from_numpy(of_y), torch.from_numpy(of_h)
+    gradients = torch.autograd.grad((y, h), list(leaves.values()), cotangents)
+    exact = {"y": y, "h": h, **dict(zip(leaves, gradients, strict=True))}
+    got = run(where, inputs, of_y, of_h)
+    for name, value in numbers_of(exact).items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+# The second in several blocks of rows, of features and of columns.
+@pytest.mark.parametrize("sizes", [(19, 37, 21), (33, 300, 70)])
+@pytest.mark.parametrize("skip", [False, True])
+@every
+def test_both_functions_equal_the_reference(
+    where: tuple[str, str], skip: bool, sizes: tuple[int, int, int]
+) -> None:
+    inputs, of_h = inputs_of(*sizes, skip), draw(*sizes[:2])
+    exact = reference.forward(inputs, skip=skip)
+    exact_pull = reference.linear_norm_silu_gradient(inputs, of_h.astype(np.float64), skip=skip)
+    arrays = arrays_of(where[0], inputs)
+    # Without a bias, and with rows in two leading axes of which one is of length 1.
+    few = {name: value for name, value in arrays.items() if name != "bias"}
+    split = {name: few[name][None] for name in ("x", "skip") if name in few}
+    y, h = forward(where, {**few, **split})
+    assert_near(y[0], exact["y"] - inputs["bias"], "y")
+    assert_near(h[0], exact["h"], "h")
+    cotangent = arrays_of(where[0], {"of_h": of_h[None]})["of_h"]
+    found = pull(where, {**few, **split}, cotangent)
+    assert_near(found["input"][0], exact_pull["input"], "input")
+    if skip:
+        assert_near(found["skip"][0], exact_pull["skip"], "skip")
+    else:
+        assert found["skip"] is None
 
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("implementation", TORCH)
-def test_the_gradient_for_loops_equals_the_reference(implementation: str, skip: bool) -> None:
+def test_gradients_for_loops_go_where_they_are_wanted(implementation: str, skip: bool) -> None:
     inputs, of_h = inputs_of(19, 37, 21, skip), draw(19, 37)
     exact = reference.linear_norm_silu_gradient(inputs, of_h.astype(np.float64), skip=skip)
-    given = tensors_of(inputs)
-    weight = given.pop("weight").T
-    del given["bias"]
-    cotangent = torch.from_numpy(of_h).to(DEVICE)
-
-    def call(**results: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return linear_norm_silu_gradient(
-            cotangent, weight=weight, **given, **results, implementation=implementation
-        )
-
-    of_u, of_skip = call()
     # In place: added to a slice of wider rows, and what is around it stays.
     wide = torch.ones(19, 30, device=DEVICE)
     into = wide[:, 4:25]
     placed = {"into": into}
     if skip:
         placed["of_skip"] = torch.full((19, 50), float("nan"), device=DEVICE)[:, :37]
-    again, of_skip_again = call(**placed)
-    assert again is into
+    cotangent = torch.from_numpy(of_h).to(DEVICE)
+    found = pull(("torch", implementation), tensors_of(inputs), cotangent, **placed)
+    assert found["input"] is into
     assert (wide[:, :4] == 1).all()
     assert (wide[:, 25:] == 1).all()
-    assert_near(of_u, exact["input"], "input")
     assert_near(into - 1.0, exact["input"], "into")
+    assert found["skip"] is placed.get("of_skip")
     if skip:
-        assert_near(of_skip, exact["skip"], "skip")
-        assert of_skip_again is placed["of_skip"]
-        assert_near(of_skip_again, exact["skip"], "of_skip")
-    else:
-        assert of_skip is None
-        assert of_skip_again is None
+        assert_near(found["skip"], exact["skip"], "of_skip")
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -135,57 +213,75 @@ def test_results_go_where_they_are_wanted(implementation: str, skip: bool) -> No
 
 
 # What the kernel takes off before it sums keeps large levels from cancelling.
-@pytest.mark.parametrize("implementation", TORCH)
+@every
 @pytest.mark.parametrize("level", [30.0, 1000.0])
-def test_rows_far_from_zero_keep_their_accuracy(implementation: str, level: float) -> None:
+def test_rows_far_from_zero_keep_their_accuracy(where: tuple[str, str], level: float) -> None:
     inputs = inputs_of(7, 200, 9, True)
     inputs["x"] += np.float32(level)
     inputs["skip"] -= np.float32(level)
     of_h = draw(7, 200)
     exact = reference.forward(inputs, skip=True)
     exact |= reference.linear_norm_silu_gradient(inputs, of_h.astype(np.float64), skip=True)
-    given = tensors_of(inputs)
-    y, _ = norm_silu_linear(**given, implementation=implementation)
-    weight = given.pop("weight").T
-    del given["bias"]
-    of_h = torch.from_numpy(of_h).to(DEVICE)
-    of_u, of_skip = linear_norm_silu_gradient(
-        of_h, weight=weight, **given, implementation=implementation
-    )
+    arrays = arrays_of(where[0], inputs)
+    found = pull(where, arrays, arrays_of(where[0], {"of_h": of_h})["of_h"])
+    found["y"] = forward(where, arrays)[0]
     # float32 holds these elements to 2^-24 of the level.
-    within = 2e-5 + level * 2e-7
-    assert_near(y, exact["y"], "y", within)
-    assert_near(of_u, exact["input"], "input", within)
-    assert_near(of_skip, exact["skip"], "skip", within)
+    for name, value in found.items():
+        assert_near(value, exact[name], name, 2e-5 + level * 2e-7)
 
 
 # The Triton interpreter computes inf - inf in NumPy, which warns.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("implementation", TORCH)
-def test_nan_and_infinity_stay_in_their_row(implementation: str) -> None:
-    given = tensors_of(inputs_of(6, 20, 5, True))
-    given["x"][1, 2], given["skip"][4, 3] = float("nan"), float("inf")
-    y, h = norm_silu_linear(**given, implementation=implementation)
-    weight = given.pop("weight").T
-    del given["bias"]
-    of_h = torch.ones(6, 20, device=DEVICE)
-    found = linear_norm_silu_gradient(of_h, weight=weight, **given, implementation=implementation)
-    for value in (y, h, *found):
-        assert value is not None
-        assert value[[1, 4]].isnan().all()
-        assert value[[0, 2, 3, 5]].isfinite().all()
+@every
+def test_nan_and_infinity_stay_in_their_row(where: tuple[str, str]) -> None:
+    inputs = inputs_of(6, 20, 5, True)
+    inputs["x"][1, 2], inputs["skip"][4, 3] = float("nan"), float("inf")
+    arrays = arrays_of(where[0], inputs)
+    ones = arrays_of(where[0], {"of_h": np.ones((6, 20), np.float32)})["of_h"]
+    found = {**pull(where, arrays, ones), **dict(zip("yh", forward(where, arrays), strict=True))}
+    for name, value in numbers_of(found).items():
+        assert np.isnan(value[[1, 4]]).all(), name
+        assert np.isfinite(value[[0, 2, 3, 5]]).all(), name
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("implementation", TORCH)
-def test_no_rows(implementation: str, skip: bool) -> None:
+@every
+def test_no_rows(where: tuple[str, str], skip: bool) -> None:
     inputs = inputs_of(1, 8, 3, skip)
-    empty = {name: np.zeros((2, 0, 8), np.float32) for name in ("x", "skip") if name in inputs}
-    leaves = leaves_of({**inputs, **empty})
-    y, h = norm_silu_linear(**leaves, implementation=implementation)
-    assert (y.shape, h.shape) == ((2, 0, 3), (2, 0, 8))
-    found = torch.autograd.grad(y.sum() + h.sum(), list(leaves.values()))
-    assert not any(value.any() for value in found)
+    nothing = np.zeros((2, 0, 8), np.float32)
+    inputs |= {name: nothing for name in ("x", "skip") if name in inputs}
+    got = run(where, inputs, np.zeros((2, 0, 3), np.float32), nothing)
+    assert (got["y"].shape, got["h"].shape) == ((2, 0, 3), (2, 0, 8))
+    assert not any(value.any() for value in got.values())
+    arrays = arrays_of(where[0], {**inputs, "of_h": nothing})
+    found = numbers_of(pull(where, arrays, arrays.pop("of_h")))
+    assert found["input"].shape == (2, 0, 3)
+    assert not skip or found["skip"].shape == nothing.shape
+
+
+@every
+def test_each_result_has_a_dtype_of_its_own(where: tuple[str, str]) -> None:
+    inputs, of_h = inputs_of(5, 18, 11, True), draw(5, 18)
+    half = {"torch": torch.bfloat16, "jax": jnp.bfloat16}[where[0]]
+    single = {"torch": torch.float32, "jax": jnp.float32}[where[0]]
+    arrays = arrays_of(where[0], {**inputs, "of_h": of_h})
+
+    def cast(value: Any) -> Any:
+        return value.to(half) if where[0] == "torch" else value.astype(half)
+
+    few = ("x", "weight", "bias", "of_h")
+    arrays = {name: cast(value) if name in few else value for name, value in arrays.items()}
+    cotangent = arrays.pop("of_h")
+    y, h = forward(where, arrays)
+    found = pull(where, arrays, cotangent)
+    assert (y.dtype, h.dtype) == (half, single)
+    assert (found["input"].dtype, found["skip"].dtype) == (half, half)
+    exact = reference.forward(inputs, skip=True)
+    exact |= reference.linear_norm_silu_gradient(inputs, of_h, skip=True)
+    for name, value in {"y": y, "h": h, **found}.items():
+        if where[0] == "jax":
+            value = value.astype(single)
+        assert_near(value, exact[name], name, 0.03)
 
 
 @needs_triton
@@ -220,37 +316,38 @@ def test_triton_equals_the_reference_for_any_shape_and_stride(data: st.DataObjec
         assert_near(value, exact[name], name)
 
 
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_for_loops_is_as_exact_as_the_plain_path(dtype: Any) -> None:
-    inputs, of_h = inputs_of(21, 147, 29, True), draw(21, 147)
-    given = {name: value.to(dtype) for name, value in tensors_of(inputs).items()}
-    rounded = {name: value.double().cpu().numpy() for name, value in given.items()}
-    cotangent = torch.from_numpy(of_h).to(DEVICE, dtype)
-    exact = reference.linear_norm_silu_gradient(
-        rounded, cotangent.double().cpu().numpy(), skip=True
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("fused", [where for where in EVERY if where[1] in ("triton", "pallas")])
+def test_the_gradient_for_loops_is_as_exact_as_the_plain_path(
+    fused: tuple[str, str], dtype: str
+) -> None:
+    framework = fused[0]
+    given = arrays_of(framework, {**inputs_of(21, 147, 29, True), "of_h": draw(21, 147)})
+    kinds = getattr({"torch": torch, "jax": jnp}[framework], dtype)
+    cast = "to" if framework == "torch" else "astype"
+    given = {name: getattr(value, cast)(kinds) for name, value in given.items()}
+    rounded = numbers_of(given)
+    of_h = given.pop("of_h")
+    exact = reference.linear_norm_silu_gradient(rounded, rounded["of_h"], skip=True)
+    plain = framework, "torch" if framework == "torch" else "xla"
+
+    def errors(where: tuple[str, str]) -> list[float]:
+        found = numbers_of(pull(where, given, of_h))
+        return [np.abs(found[k] - exact[k]).max() / np.abs(exact[k]).max() for k in exact]
+
+    rounding = 8 * torch.finfo(getattr(torch, dtype)).eps
+    for allowed, error in zip(errors(plain), errors(fused), strict=True):
+        assert error <= 2 * allowed + rounding
+
+
+@every
+def test_repeated_calls_give_the_same_bits(where: tuple[str, str]) -> None:
+    arrays = arrays_of(where[0], {**inputs_of(40, 33, 20, True), "of_h": draw(40, 33)})
+    of_h = arrays.pop("of_h")
+    first, second = (
+        numbers_of({**pull(where, arrays, of_h), "y": forward(where, arrays)[0]}) for _ in range(2)
     )
-    weight = given.pop("weight").T
-    del given["bias"]
-    errors = {}
-    for implementation in ("torch", "triton"):
-        found = linear_norm_silu_gradient(
-            cotangent, weight=weight, **given, implementation=implementation
-        )
-        errors[implementation] = [
-            np.abs(value.double().cpu().numpy() - exact[name]).max() / np.abs(exact[name]).max()
-            for name, value in zip(("input", "skip"), found, strict=True)
-        ]
-    rounding = 8 * torch.finfo(dtype).eps
-    for plain, fused in zip(errors["torch"], errors["triton"], strict=True):
-        assert fused <= 2 * plain + rounding
-
-
-@pytest.mark.parametrize("implementation", TORCH)
-def test_repeated_calls_give_the_same_bits(implementation: str) -> None:
-    given = tensors_of(inputs_of(40, 33, 20, True))
-    first, second = (norm_silu_linear(**given, implementation=implementation) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 BAD = [
@@ -263,12 +360,15 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
 @pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(framework: str, options: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {**inputs_of(2, 8, 4, True), **options}
-    given = {k: None if v is None else torch.from_numpy(v) for k, v in given.items()}
+    if framework == "torch":
+        given = {k: None if v is None else torch.from_numpy(v) for k, v in given.items()}
+    function = {"torch": norm_silu_linear, "jax": jax_ops.norm_silu_linear}[framework]
     with pytest.raises(ValueError, match=message):
-        norm_silu_linear(**given)
+        function(**given)
 
 
 def test_bad_types_and_results_are_named() -> None:
@@ -289,6 +389,21 @@ def test_bad_types_and_results_are_named() -> None:
         linear_norm_silu_gradient(None, weight=weight.T, **given)
 
 
+def test_bad_types_are_named_in_jax() -> None:
+    given = arrays_of("jax", inputs_of(2, 8, 4, False))
+    with pytest.raises(TypeError, match=r"norm_bias must be a floating-point array, got int32"):
+        jax_ops.norm_silu_linear(**{**given, "norm_bias": jnp.ones(8, jnp.int32)})
+    with pytest.raises(TypeError, match=r"weight is float16; it must be float32 like x"):
+        jax_ops.norm_silu_linear(**{**given, "weight": given["weight"].astype(jnp.float16)})
+    with pytest.raises(TypeError, match="norm_weight must be a floating-point array, got None"):
+        jax_ops.norm_silu_linear(**{**given, "norm_weight": None})
+    of_h = jnp.ones((2, 8))
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 8\).*\(8, features\)"):
+        jax_ops.linear_norm_silu_gradient(of_h, **{**of_linear(given), "weight": given["weight"]})
+    with pytest.raises(ValueError, match=r"of_h has shape \(2, 7\)"):
+        jax_ops.linear_norm_silu_gradient(of_h[:, 1:], **of_linear(given))
+
+
 @pytest.mark.skipif(len(TORCH) > 1, reason="Triton kernels can run here")
 def test_what_cannot_run_says_why() -> None:
     with pytest.raises(UnsupportedImplementationError, match="needs a GPU"):
@@ -298,12 +413,29 @@ def test_what_cannot_run_says_why() -> None:
 def test_explain_and_usage_report_the_choice() -> None:
     name, hopper = "norm_silu_linear", device.target("sm_90")
     few, many = ({"rows": rows, "width": 1024, "features": 880} for rows in (64, 3200))
-    assert explain(name, few, device=hopper).implementation == "triton"
-    assert explain(name, many, device=hopper).implementation == "torch"
+    for framework, plain, fused in (("torch", "torch", "triton"), ("jax", "xla", "pallas")):
+        found = [explain(name, dims, framework=framework, device=hopper) for dims in (few, many)]
+        assert [choice.implementation for choice in found] == [fused, plain]
+    found = explain(name, few, framework="jax", device=device.target("tpu"))
+    assert found.implementation == "xla"
     with record_usage() as usage:
         norm_silu_linear(**tensors_of(inputs_of(2, 8, 4, False)))
-    ran = [(row.op, row.implementation, row.calls) for row in usage.rows]
-    assert (name, "torch", 1) in ran
+        arrays = arrays_of("jax", inputs_of(2, 8, 4, False))
+        jax_ops.norm_silu_linear(**arrays)
+        jax_ops.linear_norm_silu_gradient(arrays["x"], **of_linear(arrays))
+    ran = [
+        (row.op, row.implementation, row.direction, row.calls)
+        for row in usage.rows
+        if row.op == name
+    ]
+    assert ran == [
+        (name, "torch", "forward", 1),
+        (name, "xla", "forward", 1),
+        (name, "xla", "backward", 1),
+    ]
+
+
+# torch
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -374,3 +506,90 @@ def test_transforms_of_torch_func(implementation: str) -> None:
     gradients = torch.func.grad(size, tuple(range(8)))(*values)
     wanted = list(leaves.values())
     torch.testing.assert_close(gradients, torch.autograd.grad(size(*wanted), wanted))
+
+
+# JAX
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_transforms(implementation: str) -> None:
+    inputs = arrays_of("jax", inputs_of(6, 8, 5, True))
+    several = jnp.stack([inputs["skip"], 2.0 * inputs["skip"]])
+
+    def loss(values: dict[str, jax.Array], name: str = implementation) -> jax.Array:
+        y, h = jax_ops.norm_silu_linear(**values, implementation=name)
+        return (y**3).sum() + (h**2).sum()
+
+    def of(skip: jax.Array) -> dict[str, jax.Array]:
+        return jax.grad(loss)({**inputs, "skip": skip})
+
+    def gradient_size(values: dict[str, jax.Array], name: str) -> jax.Array:
+        return sum((g * g).sum() for g in jax.grad(loss)(values, name).values())
+
+    with pallas.interpret():
+        expected = [jax.jit(of)(skip) for skip in several]
+        together = jax.jit(jax.vmap(of))(several)
+        _, scanned = jax.lax.scan(lambda c, skip: (c, of(skip)), 0, several)
+        kept = jax.jit(jax.grad(jax.checkpoint(loss)))(inputs)
+        second, exact = (
+            jax.jit(jax.grad(gradient_size), static_argnums=1)(inputs, name)
+            for name in (implementation, "xla")
+        )
+    for name in inputs:
+        for index, gradients in enumerate(expected):
+            for found in (together, scanned):
+                np.testing.assert_allclose(
+                    found[name][index], gradients[name], rtol=1e-4, atol=1e-4
+                )
+        np.testing.assert_allclose(kept[name], expected[0][name], rtol=1e-4, atol=1e-4)
+        scale = np.abs(exact[name]).max()
+        np.testing.assert_allclose(second[name] / scale, exact[name] / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_transforms_of_the_gradient_for_loops(implementation: str, skip: bool) -> None:
+    inputs = of_linear(arrays_of("jax", inputs_of(6, 8, 5, skip)))
+    several = jnp.asarray(draw(2, 6, 8))
+
+    def of(of_h: jax.Array, name: str = implementation, **values: jax.Array) -> list[jax.Array]:
+        given = {**inputs, **values}
+        found = jax_ops.linear_norm_silu_gradient(of_h, **given, implementation=name)
+        return [value for value in found if value is not None]
+
+    def size(values: dict[str, jax.Array], of_h: jax.Array, name: str) -> jax.Array:
+        return sum((value**2).sum() for value in of(of_h, name, **values))
+
+    with pallas.interpret():
+        expected = [jax.jit(of)(of_h) for of_h in several]
+        together = jax.jit(jax.vmap(of))(several)
+        _, scanned = jax.lax.scan(lambda c, of_h: (c, of(of_h)), 0, several)
+        (slopes, along), exact = (
+            jax.jit(jax.grad(size, (0, 1)), static_argnums=2)(inputs, several[0], name)
+            for name in (implementation, "xla")
+        )
+    for index, gradients in enumerate(expected):
+        for found in (together, scanned):
+            for value, alone in zip(found, gradients, strict=True):
+                np.testing.assert_allclose(value[index], alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(along, exact[1], rtol=1e-3, atol=1e-4)
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(slope, exact[0][name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+# The suite that lowers every kernel reaches a backward kernel through a derivative only.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_gradient_kernel_lowers(skip: bool, dtype: Any) -> None:
+    inputs = of_linear(arrays_of("jax", inputs_of(21, 147, 29, skip)))
+    given = {name: value.astype(dtype) for name, value in inputs.items()}
+
+    def function(values: dict[str, jax.Array]) -> Any:
+        of_h = values["x"]
+        return jax_ops.linear_norm_silu_gradient(of_h, **values, implementation="pallas")
+
+    text = pallas.lower(function, given, target_name="sm_90")
+    assert "linear_norm_silu_gradient" in text
+    assert "custom_call" in text
+    with pytest.raises(UnsupportedImplementationError, match="TPU"):
+        pallas.lower(function, given, target_name="tpu")
