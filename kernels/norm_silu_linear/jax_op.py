@@ -236,8 +236,9 @@ def _rows_of(given: Mapping[str, Any]) -> _Arrays:
 def _decide(
     arrays: _Arrays, features: int, direction: str, options: _Options
 ) -> dispatch.Decision:
-    x, skip = arrays.norms.x, arrays.norms.skip is not None
-    problem = spec.problem_of(*x.shape, features, x.dtype.name, direction, skip)
+    (rows, width), dtype = arrays.norms.x.shape, arrays.norms.x.dtype.name
+    skip = arrays.norms.skip is not None
+    problem = spec.problem_of(rows, width, features, dtype, direction, skip)
     return dispatch.decide(problem, jax_device(), BINDING, options.implementation)
 
 

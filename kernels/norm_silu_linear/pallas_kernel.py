@@ -96,7 +96,7 @@ class _Rows:
         row = pl.program_id(0) * sizes.block_rows + _iota(sizes.block_rows, 0)
         self.in_range = row < sizes.rows
         self.mean, self.inverse = self._statistics()
-        self.shift = None if norms.skip is None else self._first_mean()
+        self.shift = jnp.zeros_like(self.mean) if norms.skip is None else self._first_mean()
 
     def columns(self, start: Any, size: int) -> _Columns:
         return _Columns(start, size, self.in_range, self.sizes.width)

@@ -317,7 +317,9 @@ def test_triton_equals_the_reference_for_any_shape_and_stride(data: st.DataObjec
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("fused", [where for where in EVERY if where[1] in ("triton", "pallas")])
+@pytest.mark.parametrize(
+    "fused", [where for where in EVERY if where[1] in ("triton", "pallas")], ids="-".join
+)
 def test_the_gradient_for_loops_is_as_exact_as_the_plain_path(
     fused: tuple[str, str], dtype: str
 ) -> None:
