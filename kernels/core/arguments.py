@@ -43,6 +43,14 @@ def torch_tensors(tensors: Mapping[str, torch.Tensor | None]) -> list[Any]:
     return values
 
 
+def check_result(name: str, value: torch.Tensor | None) -> None:
+    """Raise ValueError unless a kernel can write rows of ``value``: columns of stride 1."""
+    if value is not None and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {tuple(value.stride())}; its last axis must have stride 1"
+        )
+
+
 def plain_vjp(
     function: Callable[..., Sequence[torch.Tensor]],
     inputs: Sequence[torch.Tensor | None],

@@ -111,7 +111,7 @@ def norm_silu_linear(
     given = _named(norms, bias=bias)
     _check_floating(x=x, weight=weight, **given)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -123,6 +123,8 @@ def norm_silu_linear(
     shapes = {name: None if t is None else tuple(t.shape) for name, t in given.items()}
     spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape))
     if out is not None:
+        arguments.check_result("y", out[0])
+        arguments.check_result("h", out[1])
         with torch.no_grad():
             _write(out, x, weight, bias, norms, implementation)
         return out
@@ -207,6 +209,8 @@ def linear_norm_silu_gradient(
         raise ValueError("of_skip is given, and there is no skip whose gradient it could be")
     shapes = {name: None if t is None else tuple(t.shape) for name, t in given.items()}
     spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape), transposed=True)
+    arguments.check_result("into", into)
+    arguments.check_result("of_skip", of_skip)
     add = into is not None
     if into is None:
         into = of_h.new_empty(*x.shape[:-1], weight.shape[1])

@@ -14,7 +14,7 @@ the SiLU, w the first norm's weight and z its normalised rows, it is
 
     j (q - mean q - z mean(q z)),   q = i (g - mean g - o mean(g o)) s w,   o = i (u - m)
 
-of which the products of g s w, s w, u s w, z and 1 with the weights, and the means of eight sums,
+of which the products of g s w, s w, u s w, z and 1 with the weights, and ten sums over the row,
 are enough.
 """
 

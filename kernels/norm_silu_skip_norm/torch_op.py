@@ -93,6 +93,7 @@ def norm_silu_skip_norm(
     shapes = {name: tuple(value.shape) for name, value in given.items()}
     if out is not None:
         spec.check_arguments(tuple(x.shape), {**shapes, "out": tuple(out.shape)})
+        arguments.check_result("out", out)
         with torch.no_grad():
             weights = weight, bias, skip, skip_weight, skip_bias
             _write(_rows(out, view=True), _rows(x), *weights, eps, implementation)

@@ -381,12 +381,16 @@ def test_bad_types_and_results_are_named() -> None:
         norm_silu_linear(**{**given, "weight": given["weight"].half()})
     with pytest.raises(ValueError, match=r"y has shape \(2, 5\); here it must be \(2, 4\)"):
         norm_silu_linear(**given, out=(torch.empty(2, 5), None))
+    with pytest.raises(ValueError, match=r"y has strides \(1, 2\); its last axis must"):
+        norm_silu_linear(**given, out=(torch.empty(4, 2, device=DEVICE).T, None))
     weight, of_h = given.pop("weight"), torch.ones(2, 8)
     del given["bias"]
     with pytest.raises(ValueError, match=r"weight has shape \(4, 8\).*\(8, features\)"):
         linear_norm_silu_gradient(of_h, weight=weight, **given)
     with pytest.raises(ValueError, match="there is no skip"):
         linear_norm_silu_gradient(of_h, weight=weight.T, **given, of_skip=of_h)
+    with pytest.raises(ValueError, match=r"into has strides \(1, 2\)"):
+        linear_norm_silu_gradient(of_h, weight=weight.T, **given, into=torch.empty(4, 2).T)
     with pytest.raises(TypeError, match="of_h must be a floating-point tensor, got NoneType"):
         linear_norm_silu_gradient(None, weight=weight.T, **given)
 

@@ -247,6 +247,8 @@ def test_results_go_where_they_are_wanted(implementation: str) -> None:
     torch.testing.assert_close(target, exact, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"out has shape \(5, 9\)"):
         torch_function(**leaves, out=wide, implementation=implementation)
+    with pytest.raises(ValueError, match=r"out has strides \(1, 5\)"):
+        torch_function(**leaves, out=torch.empty(6, 5, device=DEVICE).T)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="torch.compile cannot trace the Triton interpreter")
