@@ -20,8 +20,18 @@ from .norm_activation_shuffle.torch_op import norm_activation_shuffle
 from .norm_silu_linear.torch_op import linear_norm_silu_gradient, norm_silu_linear
 from .norm_silu_skip_norm.torch_op import norm_silu_skip_norm
 from .synchronisation.torch_op import synchronisation
+from .synchronised_attention.torch_op import (
+    Attended,
+    AttendedGradient,
+    synchronised_attention,
+    synchronised_attention_gradient,
+    synchronised_attention_key_gradient,
+    synchronised_attention_tick,
+)
 
 __all__ = [
+    "Attended",
+    "AttendedGradient",
     "BinarySphericalCodes",
     "attention",
     "binary_spherical_quantize",
@@ -40,4 +50,8 @@ __all__ = [
     "norm_silu_linear",
     "norm_silu_skip_norm",
     "synchronisation",
+    "synchronised_attention",
+    "synchronised_attention_gradient",
+    "synchronised_attention_key_gradient",
+    "synchronised_attention_tick",
 ]

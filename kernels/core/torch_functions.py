@@ -202,3 +202,13 @@ def folded(value: Tensor, axis: int | None, size: int) -> Tensor:
 def unfolded(value: Tensor, size: int) -> Tensor:
     """The inverse of `folded`."""
     return value.unflatten(0, (size, value.shape[0] // size))
+
+
+def neuron_table(left: Tensor, right: Tensor, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each neuron the pairs it is in, sorted by neuron: where each neuron's begin
+    (neurons + 1,), the pairs, and the other neuron of each (2 n,)."""
+    both = torch.cat([left, right])
+    found, order = torch.sort(both, stable=True)
+    starts = torch.searchsorted(found, torch.arange(neurons + 1, device=both.device))
+    other = torch.cat([right, left])[order]
+    return starts, order % max(len(left), 1), other

@@ -13,8 +13,6 @@ from ..core.device import torch_device
 from ..core.registry import Binding
 from . import spec
 
-Table = tuple[Tensor, Tensor, Tensor]
-
 
 def synchronisation(
     activations: Tensor,
@@ -232,19 +230,9 @@ def _backward_op(
             scale,
             of_s,
             elapsed,
-            neuron_table(left, right, activations.shape[2]),
+            torch_functions.neuron_table(left, right, activations.shape[2]),
             decision.config,
         )
-
-
-def neuron_table(left: Tensor, right: Tensor, neurons: int) -> Table:
-    """For each neuron the pairs it is in, sorted by neuron: where each neuron's begin
-    (neurons + 1,), the pairs, and the other neuron of each (2 n,)."""
-    both = torch.cat([left, right])
-    found, order = torch.sort(both, stable=True)
-    starts = torch.searchsorted(found, torch.arange(neurons + 1, device=both.device))
-    other = torch.cat([right, left])[order]
-    return starts, order % max(len(left), 1), other
 
 
 def _plain_gradient(

@@ -270,7 +270,8 @@ def backward(
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of activations, decay and previous (empty without one); ``s`` and ``scale``
-    are what `forward` returned, ``table`` is `torch_op.neuron_table`."""
+    are what `forward` returned, ``table`` is
+    `core.torch_functions.neuron_table`."""
     (ticks, batch, neurons), pairs = activations.shape, left.shape[0]
     device = activations.device
     of_products = torch.empty((ticks, batch, pairs), dtype=torch.float32, device=device)

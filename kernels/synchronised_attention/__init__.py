@@ -1,0 +1,1 @@
+"""A tick's look at the input: synchronisation of pairs of neurons, queries, attention."""

@@ -1,0 +1,976 @@
+"""Triton kernels of synchronised attention, and their launches.
+
+Forward, one kernel makes sums and queries, a product whose left side is gathered from pairs of
+neurons; in the next a program keeps all queries to a set of keys and walks over the positions with
+an online softmax, reading keys that are values too once. Where there are few sets the positions
+are split among programs, whose results a third kernel joins. Scores are positions by queries: a
+few queries would keep one warp busy, a block of positions keeps them all.
+
+Backward, the same walk gives the gradient of the queries, the product the other way round that of
+the sums, and every neuron collects from its pairs in a fixed order: no atomics, the same bits in
+every run. The gradients of keys and values are taken once for all ticks, by blocks of positions.
+
+The last feature of a width of one more than a power of two stays beside the products: 65 costs 64
+columns, not 128. Distances in memory come divided by
+``UNIT``, so that the compiler knows they are multiples of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..core.ahead_of_time import Compilation
+from ..core.device import Device
+from ..core.problem import Problem
+from ..core.triton_low_rank import compilation, dot, precision
+from .layout import is_channels_first, is_shared
+from .spec import Config, padded, split_width
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_ROWS, _WARPS = 16, 4
+_QUERY_COLUMNS, _QUERY_DEPTH = 32, 32
+_SUM_COLUMNS, _SUM_DEPTH = 16, 64
+"""Tiles of the two products with the map to the queries."""
+_COLLECT_ROWS, _COLLECT_NEURONS, _COLLECT_ENTRIES = 2, 64, 4
+_POSITIONS_PER_SPLIT = 256
+"""A program with fewer positions than this is not worth another kernel."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def query_kernel(
+    z, left, right, r, scale, in_weight, in_bias, before, sums, query,
+    rows, pairs, columns,
+    z_row, z_column, before_row, before_column, sums_row, sums_column, query_row, query_column,
+    weight_row, weight_column,
+    BEFORE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the queries; those of the first columns store the sums too."""
+    tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tile.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_rows = (row < rows)[:, None]
+    in_columns = column < columns
+    z_rows = z + (row * z_row)[:, None]
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, pairs, BLOCK_DEPTH):
+        pair = start + tl.arange(0, BLOCK_DEPTH)
+        in_pairs = pair < pairs
+        mask = in_rows & in_pairs[None, :]
+        i = tl.load(left + pair, mask=in_pairs, other=0)[None, :]
+        j = tl.load(right + pair, mask=in_pairs, other=0)[None, :]
+        weight = tl.load(
+            in_weight + (column * weight_row)[None, :]
+            + (pair.to(tl.int64) * weight_column)[:, None],
+            mask=in_pairs[:, None] & in_columns[None, :], other=0.0,
+        )  # fmt: skip
+        one = tl.load(z_rows + i * z_column, mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(z_rows + j * z_column, mask=mask, other=0.0).to(tl.float32)
+        found = one * other
+        if BEFORE:
+            place = before + (row * before_row)[:, None] + (pair * before_column)[None, :]
+            kept = tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+            found += kept * tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        if tile == 0:
+            place = sums + (row * sums_row)[:, None] + (pair * sums_column)[None, :]
+            tl.store(place, found.to(sums.dtype.element_ty), mask=mask)
+        found *= tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+        total = dot(found.to(weight.dtype), weight, total, PRECISION, UPCAST)
+    total += tl.load(in_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    place = query + (row * query_row)[:, None] + (column * query_column)[None, :]
+    tl.store(place, total.to(query.dtype.element_ty), mask=in_rows & in_columns[None, :])
+
+
+@triton.jit
+def _load_rows(
+    base, offset, real, feature_stride, WIDTH: tl.constexpr, MAIN: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """``MAIN`` features of the rows at ``offset`` of which ``real`` exist, and the last one."""
+    feature = tl.arange(0, MAIN)
+    place = base + offset[:, None] + (feature * feature_stride)[None, :]
+    main = tl.load(place, mask=real[:, None] & (feature < WIDTH)[None, :], other=0.0)
+    last = tl.zeros(offset.shape, main.dtype)
+    if LAST:
+        last = tl.load(base + offset + MAIN * feature_stride, mask=real, other=0.0)
+    return main, last
+
+
+@triton.jit
+def _store_rows(
+    base, offset, real, feature_stride, main, last, WIDTH: tl.constexpr, LAST: tl.constexpr
+):
+    """What `_load_rows` loads, features by rows."""
+    element = base.dtype.element_ty
+    feature = tl.arange(0, main.shape[0])
+    place = base + offset[None, :] + (feature * feature_stride)[:, None]
+    tl.store(place, main.to(element), mask=real[None, :] & (feature < WIDTH)[:, None])
+    if LAST:
+        tl.store(base + offset + main.shape[0] * feature_stride, last.to(element), mask=real)
+
+
+@triton.jit
+def _load_tile(
+    base, position, positions, position_stride, feature_stride, WIDTH: tl.constexpr,
+    MAIN: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Positions by ``MAIN`` features, and the last one. ``FIRST``: positions are next to each
+    other in memory."""
+    if not FIRST:
+        position_stride *= UNIT
+    else:
+        feature_stride *= UNIT
+    feature = tl.arange(0, MAIN)
+    along = base + position.to(tl.int64) * position_stride
+    across = feature.to(tl.int64) * feature_stride
+    real = position < positions
+    mask = real[:, None]
+    if MAIN > WIDTH:
+        mask = mask & (feature < WIDTH)[None, :]
+    main = tl.load(along[:, None] + across[None, :], mask=mask, other=0.0)
+    last = tl.zeros(position.shape, main.dtype)
+    if LAST:
+        distance = tl.full([], MAIN, tl.int64) * feature_stride
+        last = tl.load(along + distance, mask=real, other=0.0)
+    return main, last
+
+
+@triton.jit
+def _store_tile(
+    base, main, last, position, positions, position_stride, feature_stride, WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """What `_load_tile` loads."""
+    element = base.dtype.element_ty
+    feature = tl.arange(0, main.shape[1])
+    along = base + position.to(tl.int64) * position_stride
+    across = feature.to(tl.int64) * feature_stride
+    real = position < positions
+    mask = real[:, None] & (feature < WIDTH)[None, :]
+    tl.store(along[:, None] + across[None, :], main.to(element), mask=mask)
+    if LAST:
+        distance = tl.full([], main.shape[1], tl.int64) * feature_stride
+        tl.store(along + distance, last.to(element), mask=real)
+
+
+@triton.jit
+def _times(
+    tile, tile_last, rows, rows_last, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The product over the features, positions by rows."""
+    total = tl.zeros([tile.shape[0], rows.shape[0]], tl.float32)
+    if LAST:
+        total += tile_last.to(tl.float32)[:, None] * rows_last.to(tl.float32)[None, :]
+    return dot(tile, tl.trans(rows), total, PRECISION, UPCAST)
+
+
+@triton.jit
+def attention_kernel(
+    query, keys, values, read, log_sum_exp,
+    query_row, query_column, read_row, read_column, log_row, log_column,
+    keys_batch, keys_head, keys_position, keys_feature,
+    values_batch, values_head, values_position, values_feature,
+    heads, positions, split_positions,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
+    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What the queries to one set of keys read, and their log-sum-exp, from all positions or, with
+    ``SPLIT``, some."""
+    plane = tl.program_id(0)
+    batch = (plane // heads).to(tl.int64)
+    head = (plane % heads).to(tl.int64)
+    if KEYS_FIRST | VALUES_FIRST:
+        positions *= UNIT
+    keys += (batch * keys_batch + head * keys_head) * UNIT
+    values += (batch * values_batch + head * values_head) * UNIT
+    row = tl.arange(0, ROWS)
+    real = row < QUERIES
+    line = head * QUERIES + row
+    offset = batch * query_row + line * (KEY_WIDTH * query_column)
+    q, q_last = _load_rows(query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST)
+    first = 0
+    last = positions
+    if SPLIT:
+        first = tl.program_id(1) * split_positions
+        last = tl.minimum(positions, first + split_positions)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    main = tl.zeros([VALUE_MAIN, ROWS], tl.float32)
+    extra = tl.zeros([ROWS], tl.float32)
+    for start in range(first, last, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        k, k_last = _load_tile(
+            keys, position, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEY_LAST,
+            KEYS_FIRST, UNIT,
+        )  # fmt: skip
+        v = k
+        v_last = k_last
+        if not SHARED:
+            v, v_last = _load_tile(
+                values, position, positions, values_position, values_feature, VALUE_WIDTH,
+                VALUE_MAIN, VALUE_LAST, VALUES_FIRST, UNIT,
+            )  # fmt: skip
+        scores = _times(k, k_last, q, q_last, KEY_LAST, PRECISION, UPCAST)
+        scores = tl.where((position < positions)[:, None], scores, float("-inf"))
+        highest = tl.maximum(largest, tl.max(scores, 0))
+        # A row that has seen nothing finite: -inf - -inf would be NaN for ever.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp2((scores - base[None, :]) * _LOG2_E)
+        decay = tl.exp2((largest - base) * _LOG2_E)
+        total = total * decay + tl.sum(weights, 0)
+        largest = highest
+        if VALUE_LAST:
+            extra = extra * decay + tl.sum(weights * v_last.to(tl.float32)[:, None], 0)
+        main = dot(tl.trans(v), weights.to(v.dtype), main * decay[None, :], PRECISION, UPCAST)
+
+    logarithm = largest + tl.log(total)
+    if SPLIT:
+        # Scratch of (splits, batch, heads * queries * V), and of the log-sum-exp.
+        batch += tl.program_id(1) * (tl.num_programs(0) // heads)
+    tl.store(log_sum_exp + batch * log_row + line * log_column, logarithm, mask=real)
+    offset = batch * read_row + line * (VALUE_WIDTH * read_column)
+    main /= total[None, :]
+    extra /= total
+    _store_rows(read, offset, real, read_column, main, extra, VALUE_WIDTH, VALUE_LAST)
+
+
+@triton.jit(do_not_specialize=["batches", "splits"])
+def join_kernel(
+    parts, logarithms, read, log_sum_exp,
+    read_row, read_column, log_row, log_column,
+    batches, splits, rows,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """What one query reads, from what each split of the positions gives for it."""
+    batch = (tl.program_id(0) // rows).to(tl.int64)
+    row = tl.program_id(0) % rows
+    split = tl.arange(0, SPLITS)
+    feature = tl.arange(0, FEATURES)
+    line = (split * batches + batch) * rows + row
+    logarithm = tl.load(logarithms + line, mask=split < splits, other=float("-inf"))
+    largest = tl.max(logarithm, 0)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    shares = tl.exp(logarithm - base)
+    total = tl.sum(shares, 0)
+    real = feature < WIDTH
+    place = parts + (line * WIDTH)[:, None] + feature[None, :]
+    part = tl.load(place, mask=(split < splits)[:, None] & real[None, :], other=0.0)
+    # A split with no finite score has a share of 0 and says NaN.
+    part = tl.where((shares == 0.0)[:, None], 0.0, part)
+    value = tl.sum(part * shares[:, None], 0) / total
+    target = read + batch * read_row + (row * WIDTH + feature) * read_column
+    tl.store(target, value.to(read.dtype.element_ty), mask=real)
+    tl.store(log_sum_exp + batch * log_row + row * log_column, base + tl.log(total))
+
+
+@triton.jit
+def query_gradient_kernel(
+    query, keys, values, read, of_read, log_sum_exp, parts,
+    query_row, query_column, read_row, read_column, of_read_row, of_read_column,
+    log_row, log_column,
+    keys_batch, keys_head, keys_position, keys_feature,
+    values_batch, values_head, values_position, values_feature,
+    heads, positions, split_positions,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
+    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The share of some positions in the gradient of the queries to one set of keys, for ``parts``
+    (splits, batch, heads * queries * K)."""
+    plane = tl.program_id(0)
+    batch = (plane // heads).to(tl.int64)
+    head = (plane % heads).to(tl.int64)
+    if KEYS_FIRST | VALUES_FIRST:
+        positions *= UNIT
+    keys += (batch * keys_batch + head * keys_head) * UNIT
+    values += (batch * values_batch + head * values_head) * UNIT
+    row = tl.arange(0, ROWS)
+    real = row < QUERIES
+    line = head * QUERIES + row
+    offset = batch * query_row + line * (KEY_WIDTH * query_column)
+    q, q_last = _load_rows(query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST)
+    offset = batch * read_row + line * (VALUE_WIDTH * read_column)
+    o, o_last = _load_rows(read, offset, real, read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST)
+    offset = batch * of_read_row + line * (VALUE_WIDTH * of_read_column)
+    g, g_last = _load_rows(
+        of_read, offset, real, of_read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST
+    )
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    delta += g_last.to(tl.float32) * o_last.to(tl.float32)
+    g = g.to(q.dtype)
+    logs = log_sum_exp + batch * log_row + line * log_column
+    logarithm = tl.load(logs, mask=real, other=float("inf"))
+    main = tl.zeros([KEY_MAIN, ROWS], tl.float32)
+    extra = tl.zeros([ROWS], tl.float32)
+    first = tl.program_id(1) * split_positions
+    last = tl.minimum(positions, first + split_positions)
+    for start in range(first, last, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        k, k_last = _load_tile(
+            keys, position, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEY_LAST,
+            KEYS_FIRST, UNIT,
+        )  # fmt: skip
+        v = k
+        v_last = k_last
+        if not SHARED:
+            v, v_last = _load_tile(
+                values, position, positions, values_position, values_feature, VALUE_WIDTH,
+                VALUE_MAIN, VALUE_LAST, VALUES_FIRST, UNIT,
+            )  # fmt: skip
+        scores = _times(k, k_last, q, q_last, KEY_LAST, PRECISION, UPCAST)
+        scores = tl.where((position < positions)[:, None], scores, float("-inf"))
+        weights = tl.exp2((scores - logarithm[None, :]) * _LOG2_E)
+        of_weights = _times(v, v_last, g, g_last, VALUE_LAST, PRECISION, UPCAST)
+        of_scores = weights * (of_weights - delta[None, :])
+        if KEY_LAST:
+            extra += tl.sum(of_scores * k_last.to(tl.float32)[:, None], 0)
+        main = dot(tl.trans(k), of_scores.to(k.dtype), main, PRECISION, UPCAST)
+    part = tl.program_id(1) * (tl.num_programs(0) // heads) + batch
+    offset = (part * (heads * QUERIES) + line) * KEY_WIDTH
+    _store_rows(parts, offset, real, 1, main, extra, KEY_WIDTH, KEY_LAST)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def sum_gradient_kernel(
+    parts, in_weight, r, scale, of_next, of_query, of_synchronisation, of_sums,
+    rows, splits, pairs, depth,
+    weight_row, weight_column, of_next_row, of_next_column, of_query_row, of_query_column,
+    of_synchronisation_row, of_synchronisation_column, of_sums_row, of_sums_column,
+    NEXT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradients of synchronisation and sums; those of the first columns store the
+    gradient of the queries, the sum of its parts, too. ``NEXT``: "decayed" adds r times the
+    gradient of the next sums, "given" the gradient itself."""
+    tiles = tl.cdiv(pairs, BLOCK_COLUMNS)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    pair = tile.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_rows = (row < rows)[:, None]
+    in_pairs = pair < pairs
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, depth, BLOCK_DEPTH):
+        k = start + tl.arange(0, BLOCK_DEPTH)
+        mask = in_rows & (k < depth)[None, :]
+        weight = tl.load(
+            in_weight + (k.to(tl.int64) * weight_row)[:, None] + (pair * weight_column)[None, :],
+            mask=(k < depth)[:, None] & in_pairs[None, :],
+            other=0.0,
+        )
+        gradient = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
+        for split in range(splits):
+            line = (split * rows + row) * depth
+            gradient += tl.load(parts + line[:, None] + k[None, :], mask=mask, other=0.0)
+        gradient = gradient.to(of_query.dtype.element_ty)
+        if tile == 0:
+            place = of_query + (row * of_query_row)[:, None] + (k * of_query_column)[None, :]
+            tl.store(place, gradient, mask=mask)
+        total = dot(gradient.to(weight.dtype), weight, total, PRECISION, UPCAST)
+    mask = in_rows & in_pairs[None, :]
+    place = of_synchronisation + (row * of_synchronisation_row)[:, None]
+    place += (pair * of_synchronisation_column)[None, :]
+    tl.store(place, total.to(of_synchronisation.dtype.element_ty), mask=mask)
+    total *= tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+    if NEXT != "none":
+        place = of_next + (row * of_next_row)[:, None] + (pair * of_next_column)[None, :]
+        later = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        if NEXT == "decayed":
+            later *= tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+        total += later
+    place = of_sums + (row * of_sums_row)[:, None] + (pair * of_sums_column)[None, :]
+    tl.store(place, total.to(of_sums.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def collect_kernel(
+    z, of_sums, starts, pair_of, other_of, of_z,
+    rows, neurons,
+    z_row, z_column, of_sums_row, of_sums_column, of_z_row, of_z_column,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient of each neuron, over its pairs, that of the sum times the other one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
+    in_rows = (row < rows)[:, None, None]
+    in_neurons = neuron < neurons
+    first = tl.load(starts + neuron, mask=in_neurons, other=0)
+    count = tl.load(starts + neuron + 1, mask=in_neurons, other=0) - first
+    total = tl.zeros([ROWS, NEURONS], tl.float32)
+    for start in range(0, tl.max(count, 0), ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        present = entry[None, :] < count[:, None]
+        place = first[:, None] + entry[None, :]
+        pair = tl.load(pair_of + place, mask=present, other=0)[None, :, :]
+        other = tl.load(other_of + place, mask=present, other=0)[None, :, :]
+        mask = in_rows & present[None, :, :]
+        partner = z + (row * z_row)[:, None, None] + other * z_column
+        gradient = of_sums + (row * of_sums_row)[:, None, None] + pair * of_sums_column
+        product = tl.load(gradient, mask=mask, other=0.0).to(tl.float32)
+        product *= tl.load(partner, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(product, 2)
+    target = of_z + (row * of_z_row)[:, None] + (neuron * of_z_column)[None, :]
+    mask = (row < rows)[:, None] & in_neurons[None, :]
+    total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total.to(of_z.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["ticks"])
+def key_gradient_kernel(
+    query, keys, values, of_read, log_sum_exp, delta, of_keys, of_values,
+    query_tick, query_row, query_column, of_read_tick, of_read_row, of_read_column,
+    log_tick, log_row, log_column, delta_tick, delta_row,
+    keys_batch, keys_head, keys_position, keys_feature,
+    values_batch, values_head, values_position, values_feature,
+    of_keys_batch, of_keys_head, of_keys_position, of_keys_feature,
+    of_values_batch, of_values_head, of_values_position, of_values_feature,
+    ticks, heads, positions,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
+    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of keys and values, or of one of them, ``PART``, from the queries
+    of all ticks."""
+    if KEYS_FIRST | VALUES_FIRST:
+        positions *= UNIT
+    blocks = tl.cdiv(positions, BLOCK)
+    plane = tl.program_id(0) // blocks
+    batch = (plane // heads).to(tl.int64)
+    head = (plane % heads).to(tl.int64)
+    keys += (batch * keys_batch + head * keys_head) * UNIT
+    values += (batch * values_batch + head * values_head) * UNIT
+    position = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    k, k_last = _load_tile(
+        keys, position, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEY_LAST,
+        KEYS_FIRST, UNIT,
+    )  # fmt: skip
+    v = k
+    v_last = k_last
+    if PART != "values" and not SHARED:
+        v, v_last = _load_tile(
+            values, position, positions, values_position, values_feature, VALUE_WIDTH, VALUE_MAIN,
+            VALUE_LAST, VALUES_FIRST, UNIT,
+        )  # fmt: skip
+    query += batch * query_row + head * (QUERIES * KEY_WIDTH) * query_column
+    of_read += batch * of_read_row + head * (QUERIES * VALUE_WIDTH) * of_read_column
+    log_sum_exp += batch * log_row + head * QUERIES * log_column
+    delta += batch * delta_row + head * QUERIES
+    key_main = tl.zeros([BLOCK, KEY_MAIN], tl.float32)
+    key_extra = tl.zeros([BLOCK], tl.float32)
+    value_main = tl.zeros([BLOCK, VALUE_MAIN], tl.float32)
+    value_extra = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, ticks * QUERIES, ROWS):
+        line = start + tl.arange(0, ROWS)
+        real = line < ticks * QUERIES
+        tick = (line // QUERIES).to(tl.int64)
+        row = line % QUERIES
+        offset = tick * query_tick + row * (KEY_WIDTH * query_column)
+        q, q_last = _load_rows(query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST)
+        offset = tick * of_read_tick + row * (VALUE_WIDTH * of_read_column)
+        g, g_last = _load_rows(
+            of_read, offset, real, of_read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST
+        )
+        g = g.to(k.dtype)
+        logs = log_sum_exp + tick * log_tick + row * log_column
+        logarithm = tl.load(logs, mask=real, other=float("inf"))
+        scores = _times(k, k_last, q, q_last, KEY_LAST, PRECISION, UPCAST)
+        weights = tl.exp2((scores - logarithm[None, :]) * _LOG2_E)
+        if PART != "keys":
+            value_main = dot(weights.to(k.dtype), g, value_main, PRECISION, UPCAST)
+            if VALUE_LAST:
+                value_extra += tl.sum(weights * g_last.to(tl.float32)[None, :], 1)
+        if PART != "values":
+            share = tl.load(delta + tick * delta_tick + row, mask=real, other=0.0)
+            of_weights = _times(v, v_last, g, g_last, VALUE_LAST, PRECISION, UPCAST)
+            of_scores = weights * (of_weights - share[None, :])
+            key_main = dot(of_scores.to(k.dtype), q, key_main, PRECISION, UPCAST)
+            if KEY_LAST:
+                key_extra += tl.sum(of_scores * q_last.to(tl.float32)[None, :], 1)
+    if PART != "values":
+        of_keys += batch * of_keys_batch + head * of_keys_head
+        _store_tile(
+            of_keys, key_main, key_extra, position, positions, of_keys_position, of_keys_feature,
+            KEY_WIDTH, KEY_LAST,
+        )  # fmt: skip
+    if PART != "keys":
+        of_values += batch * of_values_batch + head * of_values_head
+        _store_tile(
+            of_values, value_main, value_extra, position, positions, of_values_position,
+            of_values_feature, VALUE_WIDTH, VALUE_LAST,
+        )  # fmt: skip
+
+
+Strides = tuple[int, ...]
+
+
+def _layout(
+    shape: Strides, tensors: Mapping[str, tuple[Strides, bool]], itemsize: int
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The distances of ``keys`` and ``values`` and the number of positions, in units that divide
+    them, and what the kernels know of it; of each the strides and whether positions come first."""
+    batch, heads, positions, _ = shape
+    strides = {
+        # The launcher makes different code of strides that nothing goes along.
+        name: (given[0] if batch > 1 else 0, given[1] if heads > 1 else 0, *given[2:])
+        for name, (given, _) in tensors.items()
+    }
+    firsts = {name: first for name, (_, first) in tensors.items()}
+    most = 16 // itemsize
+    unit = math.gcd(most, positions if any(firsts.values()) else most)
+    for name, (along_batch, along_heads, position, feature) in strides.items():
+        unit = math.gcd(unit, along_batch, along_heads, feature if firsts[name] else position)
+    integers = {"positions": positions // unit if any(firsts.values()) else positions}
+    for name, (along_batch, along_heads, position, feature) in strides.items():
+        integers |= {
+            f"{name}_batch": along_batch // unit,
+            f"{name}_head": along_heads // unit,
+            f"{name}_position": position if firsts[name] else position // unit,
+            f"{name}_feature": feature // unit if firsts[name] else feature,
+        }
+    known = {
+        "UNIT": unit,
+        "KEYS_FIRST": firsts["keys"],
+        "VALUES_FIRST": firsts["values"],
+    }
+    return integers, known
+
+
+def _constants(
+    queries: int,
+    key_width: int,
+    value_width: int,
+    shared: bool,
+    rows: int,
+    config: Config,
+    device: Device,
+) -> dict[str, Any]:
+    """Of the kernels that walk over positions or queries."""
+    (key_main, key_last), (value_main, value_last) = map(split_width, (key_width, value_width))
+    return {
+        "QUERIES": queries,
+        "ROWS": rows,
+        "KEY_WIDTH": key_width,
+        "VALUE_WIDTH": value_width,
+        "KEY_MAIN": key_main,
+        "KEY_LAST": key_last,
+        "VALUE_MAIN": value_main,
+        "VALUE_LAST": value_last,
+        "BLOCK": config.block_positions,
+        "SHARED": shared,
+        "PRECISION": precision(device),
+    }
+
+
+def _tiles(columns: int, depth: int, device: Device) -> dict[str, Any]:
+    """Constants of the two products with the map to the queries."""
+    return {
+        "BLOCK_ROWS": _ROWS,
+        "BLOCK_COLUMNS": columns,
+        "BLOCK_DEPTH": depth,
+        "PRECISION": precision(device),
+        "num_warps": _WARPS,
+        "num_stages": 2,
+    }
+
+
+def _splits(sets: int, positions: int, config: Config, device: Device) -> tuple[int, int]:
+    """How many programs share the positions of a set of keys, and the positions of each: enough to
+    fill the device twice, since a walk mostly waits for memory."""
+    wanted = min(2 * device.processors // max(sets, 1), positions // _POSITIONS_PER_SPLIT)
+    blocks = triton.cdiv(positions, config.block_positions)
+    each = triton.cdiv(blocks, max(1, min(wanted, 64)))
+    return triton.cdiv(blocks, each), each * config.block_positions
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]
+) -> None:
+    given = {**arguments, **constants}
+    names = [name for name in kernel.arg_names if name in given]
+    options = {name: given[name] for name in ("num_warps", "num_stages")}
+    kernel[grid](**{name: given[name] for name in names}, **options)
+
+
+def _strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """Row and column stride of each."""
+    found: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        found |= {f"{name}_row": tensor.stride(0), f"{name}_column": tensor.stride(1)}
+    return found
+
+
+def _walk(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries: int,
+    rows: int,
+    config: Config,
+    device: Device,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of a kernel that reads keys and values."""
+    tensors = {
+        "keys": (keys.stride(), is_channels_first(keys)),
+        "values": (values.stride(), is_channels_first(values)),
+    }
+    integers, known = _layout(tuple(keys.shape), tensors, keys.element_size())
+    shared = is_shared(keys, values)
+    constants = known | _constants(
+        queries, keys.shape[3], values.shape[3], shared, rows, config, device
+    )
+    constants |= {
+        "UPCAST": _upcast(keys, device),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return {"keys": keys, "values": values, "heads": keys.shape[1], **integers}, constants
+
+
+def _upcast(tensor: torch.Tensor, device: Device) -> bool:
+    return device.interpreted and tensor.dtype == torch.bfloat16
+
+
+def forward(
+    z: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    r: torch.Tensor,
+    scale: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    before: torch.Tensor | None,
+    read: torch.Tensor,
+    sums: torch.Tensor,
+    query: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    config: Config,
+    device: Device,
+) -> None:
+    """Write the last four; nothing is empty."""
+    (batch, pairs), columns = sums.shape, in_weight.shape[0]
+    heads, positions, width = keys.shape[1:]
+    last = sums if before is None else before
+    arguments = {
+        "z": z,
+        "left": left.contiguous(),
+        "right": right.contiguous(),
+        "r": r.contiguous(),
+        "scale": scale.contiguous(),
+        "in_weight": in_weight,
+        "in_bias": in_bias.contiguous(),
+        "before": last,
+        "sums": sums,
+        "query": query,
+        "rows": batch,
+        "pairs": pairs,
+        "columns": columns,
+        **_strides(z=z, before=last, sums=sums, query=query, weight=in_weight),
+    }
+    constants = _tiles(_QUERY_COLUMNS, _QUERY_DEPTH, device)
+    constants |= {"BEFORE": before is not None, "UPCAST": _upcast(z, device)}
+    grid = (triton.cdiv(batch, _ROWS) * triton.cdiv(columns, _QUERY_COLUMNS),)
+    _launch(query_kernel, grid, arguments, constants)
+
+    queries = columns // (heads * width)
+    arguments, constants = _walk(keys, values, queries, padded(queries), config, device)
+    splits, each = _splits(batch * heads, positions, config, device)
+    parts, logarithms = read, log_sum_exp
+    if splits > 1:
+        parts = torch.empty((splits * batch, read.shape[1]), dtype=torch.float32, device=z.device)
+        logarithms = log_sum_exp.new_empty((splits * batch, heads * queries))
+    arguments |= {
+        "query": query,
+        "read": parts,
+        "log_sum_exp": logarithms,
+        "split_positions": each,
+        **_strides(query=query, read=parts, log=logarithms),
+    }
+    _launch(
+        attention_kernel, (batch * heads, splits), arguments, constants | {"SPLIT": splits > 1}
+    )
+    if splits == 1:
+        return
+    arguments = {
+        "parts": parts,
+        "logarithms": logarithms,
+        "read": read,
+        "log_sum_exp": log_sum_exp,
+        "batches": batch,
+        "splits": splits,
+        "rows": heads * queries,
+        **_strides(read=read, log=log_sum_exp),
+    }
+    _launch(join_kernel, (batch * heads * queries,), arguments, _join(values.shape[3], splits))
+
+
+def _join(width: int, splits: int) -> dict[str, int]:
+    return {
+        "WIDTH": width,
+        "FEATURES": padded(width),
+        "SPLITS": padded(splits, 1),
+        "num_warps": 1,
+        "num_stages": 1,
+    }
+
+
+def gradient(
+    of_read: torch.Tensor,
+    of_next: torch.Tensor | None,
+    z: torch.Tensor,
+    r: torch.Tensor | None,
+    scale: torch.Tensor,
+    in_weight: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    read: torch.Tensor,
+    query: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    table: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    of_z: torch.Tensor,
+    of_query: torch.Tensor,
+    of_synchronisation: torch.Tensor,
+    of_sums: torch.Tensor,
+    config: Config,
+    device: Device,
+) -> None:
+    """Add to ``of_z``, write the three after it. ``of_next`` counts r times, once without an
+    ``r``; ``table`` is `core.torch_functions.neuron_table`."""
+    (batch, pairs), (depth, _) = of_sums.shape, in_weight.shape
+    heads, positions, width = keys.shape[1:]
+    queries = depth // (heads * width)
+    arguments, constants = _walk(keys, values, queries, padded(queries), config, device)
+    splits, each = _splits(batch * heads, positions, config, device)
+    parts = torch.empty((splits, batch, depth), dtype=torch.float32, device=z.device)
+    arguments |= {
+        "query": query,
+        "read": read,
+        "of_read": of_read,
+        "log_sum_exp": log_sum_exp,
+        "parts": parts,
+        "split_positions": each,
+        **_strides(query=query, read=read, of_read=of_read, log=log_sum_exp),
+    }
+    _launch(query_gradient_kernel, (batch * heads, splits), arguments, constants)
+
+    later = of_sums if of_next is None else of_next
+    arguments = {
+        "parts": parts,
+        "in_weight": in_weight,
+        "r": scale if r is None else r.contiguous(),
+        "scale": scale.contiguous(),
+        "of_next": later,
+        "of_query": of_query,
+        "of_synchronisation": of_synchronisation,
+        "of_sums": of_sums,
+        "rows": batch,
+        "splits": splits,
+        "pairs": pairs,
+        "depth": depth,
+        **_strides(
+            weight=in_weight,
+            of_next=later,
+            of_query=of_query,
+            of_synchronisation=of_synchronisation,
+            of_sums=of_sums,
+        ),
+    }
+    following = "none" if of_next is None else "given" if r is None else "decayed"
+    constants = _tiles(_SUM_COLUMNS, _SUM_DEPTH, device)
+    constants |= {"NEXT": following, "UPCAST": _upcast(in_weight, device)}
+    grid = (triton.cdiv(batch, _ROWS) * triton.cdiv(pairs, _SUM_COLUMNS),)
+    _launch(sum_gradient_kernel, grid, arguments, constants)
+
+    starts, pair_of, other_of = table
+    neurons = z.shape[1]
+    arguments = {
+        "z": z,
+        "of_sums": of_sums,
+        "starts": starts,
+        "pair_of": pair_of,
+        "other_of": other_of,
+        "of_z": of_z,
+        "rows": batch,
+        "neurons": neurons,
+        **_strides(z=z, of_sums=of_sums, of_z=of_z),
+    }
+    blocks = triton.cdiv(batch, _COLLECT_ROWS), triton.cdiv(neurons, _COLLECT_NEURONS)
+    _launch(collect_kernel, blocks, arguments, _COLLECT)
+
+
+_COLLECT = {
+    "ROWS": _COLLECT_ROWS,
+    "NEURONS": _COLLECT_NEURONS,
+    "ENTRIES": _COLLECT_ENTRIES,
+    "num_warps": _WARPS,
+    "num_stages": 1,
+}
+
+
+def _parts(config: Config) -> tuple[str, ...]:
+    return ("keys", "values") if config.apart else ("both",)
+
+
+def key_gradient(
+    of_read: torch.Tensor,
+    delta: torch.Tensor,
+    query: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    config: Config,
+    device: Device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of keys and values from the queries of all ticks: ``of_read`` and ``query``
+    (ticks, batch, heads * queries * width), ``log_sum_exp`` and contiguous ``delta``, what each
+    query read times its gradient, (ticks, batch, heads * queries)."""
+    ticks, batch, rows = log_sum_exp.shape
+    heads, positions, _ = keys.shape[1:]
+    arguments, constants = _walk(keys, values, rows // heads, config.block_queries, config, device)
+    of_keys, of_values = torch.empty_like(keys), torch.empty_like(values)
+    tensors = {"query": query, "of_read": of_read, "log": log_sum_exp}
+    for name, tensor in tensors.items():
+        along = zip(("tick", "row", "column"), tensor.stride(), strict=True)
+        arguments |= {f"{name}_{key}": size for key, size in along}
+    for name, tensor in (("of_keys", of_keys), ("of_values", of_values)):
+        along = zip(("batch", "head", "position", "feature"), tensor.stride(), strict=True)
+        arguments |= {f"{name}_{key}": size for key, size in along}
+    arguments |= {
+        "query": query,
+        "of_read": of_read,
+        "log_sum_exp": log_sum_exp,
+        "delta": delta,
+        "delta_tick": batch * rows,
+        "delta_row": rows,
+        "of_keys": of_keys,
+        "of_values": of_values,
+        "ticks": ticks,
+    }
+    grid = (batch * heads * triton.cdiv(positions, config.block_positions),)
+    for part in _parts(config):
+        _launch(key_gradient_kernel, grid, arguments, constants | {"PART": part})
+    return of_keys, of_values
+
+
+_FLOAT32 = (
+    *("parts", "logarithms", "log_sum_exp", "delta", "of_z"),
+    *("r", "scale", "before", "sums", "of_next", "of_synchronisation", "of_sums"),
+)
+_INDICES = ("left", "right", "starts", "pair_of", "other_of")
+
+
+def compilations(problem: Problem, config: Config, device: Device) -> list[Compilation]:
+    """The specialisations that ``problem`` launches within a loop: contiguous tensors but for keys
+    whose positions come first, sums in float32, after the first tick."""
+    batch, neurons, pairs, heads, queries, positions, key_width, value_width = (
+        size for _, size in problem.dims
+    )
+    shared, first = bool(problem.flag("shared")), bool(problem.flag("channels_first"))
+    columns, widths = heads * queries * key_width, heads * queries * value_width
+    strides = {
+        name: (heads * positions * width, positions * width, *((1, positions) if turned else
+               (width, 1)))
+        for name, width, turned in (
+            ("keys", key_width, first),
+            ("values", value_width, first and shared),
+        )
+    }  # fmt: skip
+    tensors = {name: (given, given[2] == 1) for name, given in strides.items()}
+    layout, known = _layout((batch, heads, positions, key_width), tensors, problem.itemsize)
+    splits, each = _splits(batch * heads, positions, config, device)
+    lines = {
+        **dict.fromkeys(("query", "of_query"), columns),
+        **dict.fromkeys(("read", "of_read"), widths),
+        **dict.fromkeys(("z", "of_z"), neurons),
+        **dict.fromkeys(("before", "sums", "weight", "of_next", "of_sums"), pairs),
+        "of_synchronisation": pairs,
+        "log": heads * queries,
+        "delta": heads * queries,
+    }
+    integers = {"rows": batch, "pairs": pairs, "columns": columns, "depth": columns}
+    integers |= {"neurons": neurons, "heads": heads, "split_positions": each, "splits": splits}
+    integers |= {"batches": batch, "ticks": 50, **layout}
+    for name, width in lines.items():
+        integers |= {f"{name}_row": width, f"{name}_column": 1, f"{name}_tick": batch * width}
+    for name, given in strides.items():
+        along = zip(("batch", "head", "position", "feature"), given, strict=True)
+        integers |= {f"of_{name}_{key}": size for key, size in along}
+
+    def made(
+        kernel: Any,
+        constants: Mapping[str, Any],
+        programs: int,
+        exact: tuple[str, ...] = _FLOAT32,
+        sizes: Mapping[str, int] = integers,
+        uses_dot: bool = True,
+    ) -> Compilation:
+        found = compilation(
+            kernel,
+            problem.dtype,
+            sizes,
+            {k: v for k, v in constants.items() if k in kernel.arg_names},
+            exact=exact,
+            uses_dot=uses_dot,
+            programs=programs,
+            num_warps=constants["num_warps"],
+            num_stages=constants["num_stages"],
+        )
+        # Integers, and a tensor with the name of a number.
+        types = dict.fromkeys(_INDICES, "*i64") | {"scale": "*fp32"}
+        signature = {name: types.get(name, kind) for name, kind in found.signature.items()}
+        pointers = tuple(
+            name
+            for name, kind in signature.items()
+            if kind.startswith("*") and name not in found.divisible
+        )
+        return replace(found, signature=signature, divisible=(*found.divisible, *pointers))
+
+    common = {"UPCAST": False, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    rows = config.block_queries if problem.direction == "key_gradient" else padded(queries)
+    walk = common | known
+    walk |= _constants(queries, key_width, value_width, shared, rows, config, device)
+    row_tiles = triton.cdiv(batch, _ROWS)
+    if problem.direction == "key_gradient":
+        blocks = triton.cdiv(positions, config.block_positions)
+        return [
+            made(key_gradient_kernel, walk | {"PART": part}, batch * heads * blocks)
+            for part in _parts(config)
+        ]
+    if problem.direction == "backward":
+        collect = triton.cdiv(batch, _COLLECT_ROWS) * triton.cdiv(neurons, _COLLECT_NEURONS)
+        tiles = common | _tiles(_SUM_COLUMNS, _SUM_DEPTH, device) | {"NEXT": "decayed"}
+        return [
+            made(query_gradient_kernel, walk, batch * heads * splits),
+            made(sum_gradient_kernel, tiles, row_tiles * triton.cdiv(pairs, _SUM_COLUMNS)),
+            made(collect_kernel, _COLLECT, collect, uses_dot=False),
+        ]
+    tiles = common | _tiles(_QUERY_COLUMNS, _QUERY_DEPTH, device) | {"BEFORE": True}
+    parts = ("read",) if splits > 1 else ()
+    found = [
+        made(query_kernel, tiles, row_tiles * triton.cdiv(columns, _QUERY_COLUMNS)),
+        made(
+            attention_kernel,
+            walk | {"SPLIT": splits > 1},
+            batch * heads * splits,
+            exact=(*_FLOAT32, *parts),
+        ),
+    ]
+    if splits > 1:
+        join, sizes = _join(value_width, splits), integers | {"rows": heads * queries}
+        found.append(made(join_kernel, join, batch * heads * queries, sizes=sizes, uses_dot=False))
+    return found
