@@ -309,9 +309,9 @@ neuron_select_type, n_random_pairing_self, in_channels
         # drops out of the softmax.
         centred = torch.cat([linear.weight, linear.bias[:, None]], 1)
         centred = centred - centred.mean(0)
-        ones = features.new_ones(*features.shape[:2], 1)
-        rows = torch.cat([features, ones], -1)
-        rows = rows * (F.linear(rows, centred).square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        # Positions stay side by side in memory, as the features come.
+        maps = torch.cat([features.mT, features.new_ones(len(features), 1, features.shape[1])], 1)
+        maps = maps * ((centred @ maps).square().mean(1, keepdim=True) + norm.eps).rsqrt()
         scaled = norm.weight[:, None] * centred
         per_head = (heads, width // heads, -1)
         k_map, v_map = ((w @ scaled).view(per_head) for w in (w_k, w_v))
@@ -320,7 +320,7 @@ neuron_select_type, n_random_pairing_self, in_channels
         out_weight = w_o.view(width, heads, -1).transpose(0, 1) @ v_map
         out_weight = out_weight.transpose(0, 1).flatten(1)
         out_bias = w_o @ (w_v @ norm.bias + b_v) + b_o
-        shared = rows[:, None]
+        shared = maps.mT[:, None]
         return _Look(shared, shared, in_weight, in_bias, out_weight, out_bias, heads, dropout)
 
     def forward(self, x: Tensor, track: bool = False) -> Thoughts | Tracked:
@@ -381,7 +381,10 @@ neuron_select_type, n_random_pairing_self, in_channels
         layers, weights = layers_of(self.synapses), neuron_weights_of(neurons)
         if layers is None or weights is None or look.dropout:
             return None
-        layers = (layers[0]._replace(linear=self._first_layer(look)), *layers[1:])
+        weight, bias = self._first_layer(look)
+        # With rows of whole vectors of memory matrix products are faster.
+        weight = F.pad(weight, (0, -weight.shape[1] % 8))
+        layers = (layers[0]._replace(linear=(weight, bias)), *layers[1:])
         look = look.to(dtype)
         loop = Loop(
             self._pairs("action"),
@@ -454,17 +457,17 @@ neuron_select_type, n_random_pairing_self, in_channels
             return attend_first
         with _no_autocast(look.keys.device.type):
             weight, bias = (value.to(dtype) for value in self._first_layer(look))
-        return lambda read, z: synapses.from_first(F.linear(torch.cat([read, z], 1), weight, bias))
+        return lambda read, z: synapses.from_first(F.linear(torch.cat([z, read], 1), weight, bias))
 
     def _first_layer(self, look: _Look) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the synapses' first layer for what was read and z, the attention's
+        """Weight and bias of the synapses' first layer for z and what was read, the attention's
         last projection multiplied in.
         """
         synapses: Any = self.synapses
         is_unet = isinstance(synapses, SynapseUNET)
         first = cast(nn.Linear, synapses.first_projection[0] if is_unet else synapses[1])
         attended, thought = first.weight.split([self.cfg.d_input, self.cfg.d_model], 1)
-        weight = torch.cat([attended @ look.out_weight, thought], 1)
+        weight = torch.cat([thought, attended @ look.out_weight], 1)
         return weight, attended @ look.out_bias + first.bias
 
     def _synchronisation_out(self, activations: Tensor) -> Tensor:

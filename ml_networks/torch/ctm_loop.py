@@ -6,13 +6,19 @@ pass computes layer norms, gates, attention weights and neuron-level models anew
 ticks only for what one tick passes to the one before. Every weight's gradient is then one product
 over the rows of all ticks.
 
+On a GPU a tick is as few kernels as its steps can be, each of which writes where the next one
+reads: synchronisation, query and attention; a linear layer; linear layers that begin with the
+norms, SiLU and skip connection of the one before; the last norms; the neuron-level models. Its
+queries and the log-sum-exp of their scores are kept too. On a CPU an op's checks would take as
+long as its work, and torch's own operations follow each other.
+
 Dropout, hooks, layers of other kinds, layer norms in the neuron-level models, ``torch.compile``
 and the transforms of ``torch.func`` need the ordinary loop over the modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,14 +30,21 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ml_networks.kernels.core.arguments import plain_vjp
-from ml_networks.kernels.core.torch_functions import transformed
+from ml_networks.kernels.core.torch_functions import neuron_table, transformed
 from ml_networks.kernels.torch import (
+    Attended,
+    AttendedGradient,
     hyper_lora_linear,
+    linear_norm_silu_gradient,
     neuron_level_model,
     neuron_level_model_trace_gradient,
     neuron_level_model_weight_gradient,
     norm_activation,
+    norm_silu_linear,
     norm_silu_skip_norm,
+    synchronised_attention_gradient,
+    synchronised_attention_key_gradient,
+    synchronised_attention_tick,
 )
 from ml_networks.torch.layers import has_hooks
 from ml_networks.torch.lora import HyperLoRALinear
@@ -92,7 +105,7 @@ class Loop:
     neurons
         The arguments of :func:`~ml_networks.kernels.torch.neuron_level_model` after the first.
     layers
-        The synapses. The first takes what attention read, and the activations.
+        The synapses. The first takes the activations, what attention read, and any zeros.
     """
 
     pairs: Tensor
@@ -111,6 +124,17 @@ class Loop:
     def dtype(self) -> torch.dtype:
         """The type in which matrices are multiplied."""
         return self.keys.dtype
+
+    @property
+    def activations(self) -> slice:
+        """Where they are in a row of the first layer's input."""
+        return slice(len(self.start))
+
+    @property
+    def read(self) -> slice:
+        """Where in such a row that is what attention read."""
+        width = len(self.in_weight) // self.keys.shape[-1] * self.values.shape[-1]
+        return slice(len(self.start), len(self.start) + width)
 
     def tensors(self) -> list[Tensor]:
         """All that may have a gradient, in a fixed order."""
@@ -147,21 +171,25 @@ class Thought(NamedTuple):
 
     Attributes
     ----------
-    activations
-        (1 + T, B, D), the start's first.
+    inputs
+        Of the first layer, (1 + T, B, width): the activations, the start's first, what attention
+        read with them, and zeros.
     history
         (M - 1 + T, B, D): the start's trace but for its oldest value, and every state.
     sums
         Of the synchronised pairs, (T, B, n), before they are scaled.
-    reads, products
-        What attention read, and the output of every linear layer, (T, B, width) each; of the last
-        tick only, if the others were not to be kept.
+    queries, log_sum_exp
+        Of attention, (T, B, width) and (T, B, rows of scores); empty on a CPU.
+    products
+        The output of every linear layer, (T, B, width). These three are of the last tick only, if
+        the others were not to be kept.
     """
 
-    activations: Tensor
+    inputs: Tensor
     history: Tensor
     sums: Tensor
-    reads: Tensor
+    queries: Tensor
+    log_sum_exp: Tensor
     products: tuple[Tensor, ...]
 
 
@@ -181,7 +209,8 @@ def think(loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         activations, history, sums = _Ticks.apply(loop, *tensors)
     else:
-        activations, history, sums = _run(loop, keep=False)[:3]
+        inputs, history, sums, *_ = _run(loop, keep=False)
+        activations = inputs[..., loop.activations]
     return activations, history[-len(sums) :], sums * loop.scale[:, None]
 
 
@@ -191,8 +220,8 @@ class _Ticks(torch.autograd.Function):
         found = _run(loop, keep=True)
         ctx.loop, ctx.count = loop, len(tensors)
         ctx.mark_non_differentiable(found.history, found.sums)
-        ctx.save_for_backward(*tensors, *found[:4], *found.products)
-        return found[:3]
+        ctx.save_for_backward(*tensors, *found[:5], *found.products)
+        return found.inputs[..., loop.activations], found.history, found.sums
 
     @staticmethod
     def backward(ctx: Any, of_activations: Tensor, *_: Any) -> Any:
@@ -204,40 +233,103 @@ class _Ticks(torch.autograd.Function):
                 tensors,
                 (of_activations,),
             )
-        thought = Thought(kept[0], kept[1], kept[2], kept[3], kept[4:])
+        inputs, history, sums, queries, log_sum_exp, *products = kept
+        thought = Thought(inputs, history, sums, queries, log_sum_exp, tuple(products))
         return None, *_gradients(loop.with_tensors(tensors), thought, of_activations)
 
 
 def _run(loop: Loop, keep: bool) -> Thought:
     """All ticks, without autograd."""
     batch, ticks, memory = len(loop.keys), len(loop.scale), loop.trace.shape[1]
-    new, rows = loop.keys.new_empty, ticks if keep else 1
-    activations = new(1 + ticks, batch, len(loop.start))
+    new, rows, native = loop.keys.new_empty, ticks if keep else 1, _natively(loop.keys)
+    inputs = new(1 + ticks, batch, loop.layers[0].linear[0].shape[1])
     history = _history(loop)
     sums = loop.r.new_empty(ticks, batch, len(loop.r))
-    reads = new(rows, batch, loop.layers[0].linear[0].shape[1] - len(loop.start))
+    queries = new(0 if native else rows, batch, len(loop.in_weight))
+    scores = loop.in_weight.shape[0] // loop.keys.shape[-1]
+    log_sum_exp = loop.r.new_empty(0 if native else rows, batch, scores)
     products = tuple(new(rows, batch, len(layer.linear[0])) for layer in loop.layers)
-    activations[0] = loop.start
+    inputs[..., loop.read.stop :] = 0
+    inputs[0, :, loop.activations] = loop.start
     history[: memory - 1] = loop.trace[:, 1:].T[:, None]
+    outputs = _skips(loop)
+    left, right = loop.pairs.chunk(2)
     for tick in range(ticks):
         row = tick if keep else 0
-        sums[tick], reads[row], history[memory - 1 + tick] = _tick(
-            loop,
-            loop.scale[tick],
-            activations[tick],
-            sums[tick - 1] if tick else None,
-            [product[row] for product in products],
-        )
+        z, read = (inputs[tick, :, part] for part in (loop.activations, loop.read))
+        before = sums[tick - 1] if tick else None
+        if native:
+            sums[tick], found = _attend(loop, loop.scale[tick], z, before)
+            read.copy_(found)
+        else:
+            synchronised_attention_tick(
+                z,
+                left,
+                right,
+                loop.r,
+                loop.scale[tick],
+                loop.in_weight,
+                loop.in_bias,
+                loop.keys,
+                loop.values,
+                before,
+                into=Attended(read, sums[tick], queries[row], log_sum_exp[row]),
+            )
+        out = [product[row] for product in products]
+        state = history[memory - 1 + tick]
+        _pass(loop, inputs[tick], out, outputs, state)
         trace = history[tick : tick + memory].permute(1, 2, 0)
-        activations[tick + 1] = neuron_level_model(trace, *loop.neurons)
-    return Thought(activations, history, sums, reads, products)
+        following = inputs[tick + 1, :, loop.activations]
+        if native:
+            following.copy_(neuron_level_model(trace, *loop.neurons))
+        else:
+            neuron_level_model(trace, *loop.neurons, out=following)
+    return Thought(inputs, history, sums, queries, log_sum_exp, products)
+
+
+def _skips(loop: Loop) -> list[Tensor | None]:
+    """Of every layer room for what follows it, (B, width), if that is skipped to a later one."""
+    wanted = {layer.skip for layer in loop.layers}
+    return [
+        layer.norms[0].new_empty(len(loop.keys), len(layer.norms[0])) if number in wanted else None
+        for number, layer in enumerate(loop.layers)
+    ]
+
+
+def _pass(
+    loop: Loop,
+    x: Tensor,
+    out: Sequence[Tensor],
+    outputs: list[Tensor | None],
+    state: Tensor,
+) -> None:
+    """The linear layers of a tick into ``out``, what follows the last into ``state``, and what
+    follows the others, where it is skipped to a later layer, into ``outputs``."""
+    _linear(loop.layers[0], x, out[0])
+    for number, layer in enumerate(loop.layers):
+        y, skipped = out[number], _skipped(layer, outputs)
+        following = loop.layers[number + 1] if number + 1 < len(loop.layers) else None
+        if following is None:
+            if not skipped or _natively(y):
+                state.copy_(_finish(layer, y, *skipped, *layer.norms))
+            else:
+                inner, after = layer.norms[:2], layer.norms[2:]
+                norm_silu_skip_norm(y, *inner, *skipped, *after, eps=layer.eps, out=state)
+        elif _is_fused(layer, following):
+            weight, bias = following.linear
+            results = out[number + 1], outputs[number]
+            norms = _norms_of(layer, skipped)
+            norm_silu_linear(y, weight=weight, bias=bias, **norms, out=results)
+        else:
+            outputs[number] = x = _finish(layer, y, *skipped, *layer.norms)
+            _linear(following, x.to(y.dtype), out[number + 1])
 
 
 def _history(loop: Loop) -> Tensor:
     """Room for (M - 1 + T, B, D): the layout in which a window of it is read without a copy, by a
     GPU's kernel and by a CPU's matrix products."""
     size = len(loop.scale) + loop.trace.shape[1] - 1, len(loop.keys), len(loop.start)
-    if loop.keys.device.type == "cpu":
+    if _natively(loop.keys):
         return loop.keys.new_empty(size[::-1]).permute(2, 1, 0)
     return loop.keys.new_empty(size)
 
@@ -247,103 +339,112 @@ def _differentiable(loop: Loop) -> Tensor:
     batch, memory = len(loop.keys), loop.trace.shape[1]
     activations = [loop.start.to(loop.dtype).expand(batch, -1)]
     states = list(loop.trace.to(loop.dtype).T[1:, None].expand(-1, batch, -1).unbind())
-    total, out = None, [None] * len(loop.layers)
+    total = None
     for tick, scale in enumerate(loop.scale):
-        total, _, state = _tick(loop, scale, activations[-1], total, out)
-        states.append(state)
+        total, read = _attend(loop, scale, activations[-1], total)
+        x = torch.cat([activations[-1], read], 1)
+        x = F.pad(x, (0, loop.layers[0].linear[0].shape[1] - x.shape[1]))
+        outputs: list[Tensor] = []
+        for layer in loop.layers:
+            y = _linear(layer, x)
+            outputs.append(_finish(layer, y, *_skipped(layer, outputs), *layer.norms))
+            x = outputs[-1].to(loop.dtype)
+        states.append(x)
         trace = torch.stack(states[tick : tick + memory], -1)
         activations.append(neuron_level_model(trace, *loop.neurons))
     return torch.stack(activations)
 
 
-def _tick(
-    loop: Loop, scale: Tensor, z: Tensor, before: Tensor | None, out: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of the synchronisation, what attention read, and the state; the outputs of the
-    linear layers go to ``out``."""
+def _attend(loop: Loop, scale: Tensor, z: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sums of the synchronisation, and what attention read."""
     left, right = z.index_select(1, loop.pairs).to(loop.r.dtype).chunk(2, 1)
     total = left * right
     if before is not None:
         total = torch.addcmul(total, loop.r, before)
     query = _queries(loop, total * scale)
-    read = _read(query, loop.keys, loop.values, total.dtype).flatten(1)
-    x = torch.cat([read, z], 1)
-    outputs: list[Tensor] = []
-    for layer, target in zip(loop.layers, out, strict=True):
-        y = _linear(layer, x, target)
-        outputs.append(_finish(layer, y, *_skipped(layer, outputs), *layer.norms))
-        x = outputs[-1].to(query.dtype)
-    return total, read, x
+    return total, _read(query, loop.keys, loop.values, total.dtype).flatten(1)
 
 
 def _gradients(loop: Loop, thought: Thought, of_activations: Tensor) -> list[Tensor]:
     """The gradients of :meth:`Loop.tensors`."""
-    activations, history, sums, reads, products = thought
+    inputs, history, sums, queries, log_sum_exp, products = thought
     ticks, memory, dtype = len(sums), loop.trace.shape[1], sums.dtype
+    native, pairs = _natively(history), loop.pairs
+    first, second = pairs.chunk(2)
     outputs: list[Tensor] = []
     for layer, product in zip(loop.layers[:-1], products, strict=False):
         outputs.append(_finish(layer, product, *_skipped(layer, outputs), *layer.norms))
-    left, right = activations[:-1].index_select(2, loop.pairs).to(dtype).chunk(2, 2)
-    partners = torch.cat([right, left], 2)
+    activations, reads = (inputs[:-1, :, part] for part in (loop.activations, loop.read))
     synchronisations = sums * loop.scale[:, None]
-    queries = _queries(loop, synchronisations)
+    if native:
+        queries = _queries(loop, synchronisations).flatten(2)
+        left, right = activations.index_select(2, pairs).to(dtype).chunk(2, 2)
+        partners = torch.cat([right, left], 2)
+    else:
+        table = neuron_table(first, second, len(loop.start))
 
-    of_z = of_activations.to(dtype, copy=True)
+    of_inputs = torch.zeros_like(inputs, dtype=dtype)
+    of_z = of_inputs[..., loop.activations]
+    of_z.copy_(of_activations)
+    of_reads = of_inputs[:-1, :, loop.read]
     of_history = torch.zeros_like(history, dtype=dtype)
     of_outputs = [torch.zeros_like(output) for output in outputs]
-    of_outputs.append(torch.empty_like(activations[1:], dtype=dtype))
+    of_outputs.append(of_history[memory - 1 :])
     of_queries = torch.empty_like(queries)
-    of_reads = queries.new_empty(*queries.shape[:4], loop.values.shape[-1])
     of_sums, of_synchronisations = torch.empty_like(sums), torch.empty_like(sums)
     for tick in reversed(range(ticks)):
         window = slice(tick, tick + memory)
         neuron_level_model_trace_gradient(
-            of_z[tick + 1].to(history.dtype),
+            of_z[tick + 1],
             history[window].permute(1, 2, 0),
             *loop.neurons,
             into=of_history[window].permute(1, 2, 0),
         )
-        of_outputs[-1][tick] = of_history[tick + memory - 1]
         for number in reversed(range(len(loop.layers))):
-            layer, y = loop.layers[number], products[number][tick]
-            skipped = [value[tick] for value in _skipped(layer, outputs)]
-            of_y, *of_skipped = _finish_gradient(layer, of_outputs[number][tick], y, skipped)
-            if layer.skip is not None:
-                of_outputs[layer.skip][tick] = of_skipped[0]
-            if number:
-                _add_input_gradient(
-                    layer,
-                    of_y.to(y.dtype),
-                    outputs[number - 1][tick],
-                    of_outputs[number - 1][tick],
-                )
-        of_read, of_thought = (of_y.to(y.dtype) @ layer.linear[0]).split(
-            [reads.shape[-1], activations.shape[-1]], 1
-        )
-        of_reads[tick] = of_read = of_read.unflatten(1, (*queries.shape[2:4], -1))
-        _, of_scores = _attention_gradient(queries[tick], loop.keys, loop.values, of_read, dtype)
-        of_queries[tick] = of_scores @ loop.keys
-        of_synchronisations[tick] = of_queries[tick].flatten(1) @ loop.in_weight
-        of_sum = of_synchronisations[tick] * loop.scale[tick]
-        if tick + 1 < ticks:
-            of_sum.addcmul_(loop.r, of_sums[tick + 1])
-        of_sums[tick] = of_sum
-        of_z[tick] += of_thought
-        of_z[tick].index_add_(1, loop.pairs, of_sum.repeat(1, 2) * partners[tick])
+            before = [inputs, *outputs][number]
+            _pull(loop, number, tick, products, outputs, of_outputs, before, of_inputs)
+        into = AttendedGradient(of_queries[tick], of_synchronisations[tick], of_sums[tick])
+        following = of_sums[tick + 1] if tick + 1 < ticks else None
+        if native:
+            of_read = of_reads[tick].to(inputs.dtype)
+            _attention_gradients(loop, loop.scale[tick], queries[tick], of_read, following, into)
+            of_pairs = into.sums.repeat(1, 2) * partners[tick]
+            of_z[tick].index_add_(1, pairs, of_pairs)
+        else:
+            synchronised_attention_gradient(
+                of_reads[tick],
+                following,
+                activations[tick],
+                first,
+                second,
+                loop.r,
+                loop.scale[tick],
+                loop.in_weight,
+                loop.keys,
+                loop.values,
+                Attended(reads[tick], sums[tick], queries[tick], log_sum_exp[tick]),
+                of_z[tick],
+                table=table,
+                into=into,
+            )
 
     gradients: list[Tensor] = []
     for number, layer in enumerate(loop.layers):
         y, of_x = products[number].flatten(0, 1), of_outputs[number].flatten(0, 1)
         skipped = [value.flatten(0, 1) for value in _skipped(layer, outputs)]
         of_y, *of_rest = _finish_gradient(layer, of_x, y, skipped, of_norms=True)
-        x = outputs[number - 1] if number else torch.cat([reads, activations[:-1]], 2)
+        x = outputs[number - 1] if number else inputs[:-1]
         x = x.flatten(0, 1).to(y.dtype)
         gradients += _linear_gradients(layer, of_y.to(y.dtype), x)
         gradients += of_rest[len(skipped) :]
-    of_neurons, of_keys, of_values = _shared_gradients(
-        loop, history, of_z[1:].to(history.dtype), queries, of_reads
-    )
-    of_query_rows = of_queries.flatten(2).flatten(0, 1)
+    of_neurons = _neuron_gradients(loop, history, of_z[1:])
+    if native:
+        of_keys, of_values = _key_gradients(loop, queries, of_reads)
+    else:
+        of_keys, of_values = synchronised_attention_key_gradient(
+            of_reads, reads, queries, log_sum_exp, loop.keys, loop.values
+        )
+    of_query_rows = of_queries.flatten(0, 1)
     return [
         of_z[0].sum(0),
         F.pad(of_history[: memory - 1].sum(1).T, (1, 0)),
@@ -358,27 +459,95 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Tensor) -> list[Ten
     ]
 
 
-def _shared_gradients(
-    loop: Loop, history: Tensor, of_z: Tensor, queries: Tensor, of_reads: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients of the neurons' weights, the keys and the values, some ticks at a time: the
-    neurons' hidden layers, or the attention weights, of all of them would fill the memory."""
-    of_neurons = [torch.zeros_like(weight) for weight in loop.neurons]
-    of_keys, of_values = torch.zeros_like(loop.keys), torch.zeros_like(loop.values)
+def _pull(
+    loop: Loop,
+    number: int,
+    tick: int,
+    products: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    of_outputs: Sequence[Tensor],
+    before: Tensor,
+    of_inputs: Tensor,
+) -> None:
+    """Pull a tick's gradient from behind a layer to its input, and to what is skipped to it.
+
+    ``before`` is the layer's input.
+    """
+    layer, y, of_x = loop.layers[number], products[number][tick], of_outputs[number][tick]
+    into = of_outputs[number - 1][tick] if number else of_inputs[tick]
+    skipped = [value[tick] for value in _skipped(layer, outputs)]
+    of_skip = None if layer.skip is None else of_outputs[layer.skip][tick]
+    if _is_fused(layer, layer):
+        norms = _norms_of(layer, skipped)
+        weight = layer.linear[0]
+        linear_norm_silu_gradient(of_x, y, weight=weight, **norms, into=into, of_skip=of_skip)
+        return
+    of_y, *of_skipped = _finish_gradient(layer, of_x.contiguous(), y, skipped)
+    if of_skip is not None:
+        of_skip.copy_(of_skipped[0])
+    _add_input_gradient(layer, of_y.to(y.dtype), before[tick], into)
+
+
+def _attention_gradients(
+    loop: Loop,
+    scale: Tensor,
+    query: Tensor,
+    of_read: Tensor,
+    of_next_sums: Tensor | None,
+    into: AttendedGradient,
+) -> None:
+    """Pull a tick's gradient from what attention read to the sums."""
+    heads = loop.keys.shape[1]
+    query, of_read = (
+        value.unflatten(1, (heads, -1, n))
+        for value, n in ((query, loop.keys.shape[-1]), (of_read, loop.values.shape[-1]))
+    )
+    _, of_scores = _attention_gradient(query, loop.keys, loop.values, of_read, loop.r.dtype)
+    of_query = (of_scores @ loop.keys).flatten(1)
+    into.query.copy_(of_query)
+    into.synchronisation.copy_(of_query @ loop.in_weight)
+    torch.mul(into.synchronisation, scale, out=into.sums)
+    if of_next_sums is not None:
+        into.sums.addcmul_(loop.r, of_next_sums)
+
+
+def _chunks(loop: Loop) -> Iterator[slice]:
+    """Some ticks at a time: the neurons' hidden layers, or the attention weights, of all of them
+    would fill the memory."""
+    rows = CPU_ROWS if _natively(loop.keys) else ROWS
+    step = max(1, rows // max(1, len(loop.keys)))
+    return (slice(tick, tick + step) for tick in range(0, len(loop.scale), step))
+
+
+def _neuron_gradients(loop: Loop, history: Tensor, of_z: Tensor) -> list[Tensor]:
+    """The gradients of the neurons' weights."""
+    found = [torch.zeros_like(weight) for weight in loop.neurons]
     traces = history.unfold(0, loop.trace.shape[1], 1)
-    rows = CPU_ROWS if of_z.device.type == "cpu" else ROWS
-    step = max(1, rows // max(1, of_z.shape[1]))
-    for some in (slice(tick, tick + step) for tick in range(0, len(of_z), step)):
-        found = neuron_level_model_weight_gradient(of_z[some], traces[some], *loop.neurons)
-        torch._foreach_add_(of_neurons, list(found))
-        query = queries[some].permute(1, 2, 0, 3, 4).flatten(2, 3)
-        of_read = of_reads[some].permute(1, 2, 0, 3, 4).flatten(2, 3)
+    for some in _chunks(loop):
+        share = neuron_level_model_weight_gradient(of_z[some], traces[some], *loop.neurons)
+        torch._foreach_add_(found, list(share))
+    return found
+
+
+def _key_gradients(loop: Loop, queries: Tensor, of_reads: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of keys and values."""
+    # Positions side by side, as in the keys.
+    of_keys, of_values = (value.new_zeros(value.mT.shape) for value in (loop.keys, loop.values))
+    heads = loop.keys.shape[1]
+    for some in _chunks(loop):
+        query, of_read = (
+            value[some].unflatten(2, (heads, -1, width)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            for value, width in (
+                (queries, loop.keys.shape[-1]),
+                (of_reads.to(queries.dtype), loop.values.shape[-1]),
+            )
+        )
         weights, of_scores = _attention_gradient(
             query, loop.keys, loop.values, of_read, loop.r.dtype
         )
-        of_keys += of_scores.mT @ query
-        of_values += weights.mT @ of_read
-    return of_neurons, of_keys, of_values
+        of_keys += query.mT @ of_scores
+        of_values += of_read.mT @ weights
+    return of_keys.mT, of_values.mT
 
 
 def _queries(loop: Loop, synchronisations: Tensor) -> Tensor:
@@ -433,8 +602,21 @@ def _linear_gradients(layer: Layer, of_y: Tensor, x: Tensor) -> Sequence[Tensor]
     return _pulled(lambda *weights: _hyper_linear(x, *weights), of_y, layer.linear)
 
 
-def _skipped(layer: Layer, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _skipped(layer: Layer, outputs: Sequence[Any]) -> list[Tensor]:
     return [] if layer.skip is None else [outputs[layer.skip]]
+
+
+def _is_fused(layer: Layer, linear: Layer) -> bool:
+    """Whether one kernel takes what follows the first and the linear layer of the second."""
+    native = _natively(layer.norms[0])
+    return not native and not layer.gated and len(linear.linear) == 2
+
+
+def _norms_of(layer: Layer, skipped: Sequence[Tensor]) -> dict[str, Any]:
+    """What follows the linear layer, as arguments of :func:`norm_silu_linear`."""
+    names = ("norm_weight", "norm_bias", "skip_weight", "skip_bias")
+    norms: dict[str, Any] = dict(zip(names, layer.norms, strict=False))
+    return {**norms, **dict(zip(("skip",), skipped, strict=False)), "eps": layer.eps}
 
 
 def _natively(y: Tensor) -> bool:

@@ -275,8 +275,10 @@ def test_autocast_is_as_exact_as_over_the_modules(monkeypatch: pytest.MonkeyPatc
     assert errors[True] < 1.2 * errors[False]
 
 
-def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_each_tick_keeps_43_kilobytes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = _counted(monkeypatch)
+    monkeypatch.setattr(ctm_loop, "_natively", lambda _: device == "cpu")
     with torch.device("meta"):
         ContinuousThoughtMachine(**EXAMPLE)(torch.empty(2, 3, 99, 99))
     (loop,) = loops
@@ -294,9 +296,13 @@ def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.pop(tensor.untyped_storage()._cdata, None)
     widths = [1024, 880, 736, 592, 448, 304, 160, 16]
     products = sum(widths) + sum(widths[:-1])  # the way down, the way up
-    a_tick = 4 * (products + 4 * 65 + 128 + 2 * 1024)  # read, sums, state and activations
-    assert a_tick == 42_960
-    assert sum(kept.values()) == 2 * (50 * a_tick + 4 * 1024 * (1 + 24))  # and the start
+    # Activations, what attention read and zeros in a row, sums and state.
+    row = 1024 + 4 * 65 + 4
+    a_tick = 4 * (products + row + 128 + 1024)
+    if device == "gpu":
+        a_tick += 4 * (4 * 65 + 4)  # queries, and the log-sum-exp of their scores
+    assert a_tick == {"cpu": 42_976, "gpu": 44_032}[device]
+    assert sum(kept.values()) == 2 * (50 * a_tick + 4 * (row + 24 * 1024))  # and the start
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
