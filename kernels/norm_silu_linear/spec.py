@@ -100,16 +100,15 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
 
 
 def _config(problem: Problem, device: Device) -> Config:
-    """As many programs as there are processors, if that leaves each at least 16 features. Fewer
-    columns at a time in float32 and with the sums of a second norm, which would spill."""
-    features = 16
+    """As many programs as there are processors, if that leaves each at least 32 features: 8 for
+    each of 4 warps. More warps would hold the same rows of the product's left side once more, and
+    more programs normalise them once more. As many columns at a time as fit the registers."""
     blocks = -(-problem["rows"] // 16)
-    while features < 64 and blocks * -(-problem["features"] // features) > device.processors:
-        features *= 2
-    skip, wide = bool(problem.flag("skip", False)), problem.dtype == "float32"
-    heavy = skip and (wide or problem.direction == "backward")
-    block_in = 32 if heavy else 64 if wide else 128
-    return Config(16, features, block_in, 8, 3)
+    features = 64 if blocks * -(-problem["features"] // 32) > device.processors else 32
+    block_in = 64 if problem.flag("skip", False) else 128
+    if problem.dtype == "float32":
+        block_in //= 4 if (problem.direction, block_in) == ("backward", 64) else 2
+    return Config(16, features, block_in, 4, 3)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
