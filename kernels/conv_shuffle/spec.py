@@ -365,7 +365,7 @@ def check_arguments(
             "width)"
         )
     own = len(weight) == sides + 3
-    if len(weight) not in (sides + 2, sides + 3) or len(set(weight[-sides:])) != 1:
+    if len(weight) not in (sides + 2, sides + 3) or weight[-sides] != weight[-1]:
         window = ", kernel" * sides
         raise ValueError(
             f"weight has shape {weight}; for x of shape {x} it must be (out, in / groups{window}),"

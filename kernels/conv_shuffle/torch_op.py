@@ -4,6 +4,7 @@ the custom ops."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ def conv_shuffle(
     convolution, which is deterministic where torch is told to be.
     """
     options = Options(stride, padding, dilation, groups, padding_mode, shuffle, activation)
+    if implementation is None and _is_ordinary(x, weight, bias, options):
+        return _activated(_shuffled(_convolved(x, weight, bias, options), options), options)
     x, weight, bias = torch_tensors({"x": x, "weight": weight, "bias": bias})
     shapes = tuple(x.shape), tuple(weight.shape)
     spec.check_arguments(*shapes, None if bias is None else tuple(bias.shape), options)
@@ -101,6 +104,36 @@ def conv_shuffle(
     )
     y: Tensor = _forward_op(x, weight, bias, *options, keep, implementation)[0]
     return y
+
+
+def _is_ordinary(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> bool:
+    """Whether an eager call on a CPU leaves nothing to prepare or to choose, told in a few
+    microseconds; also False where something is wrong."""
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and x.is_cpu
+        and x.is_floating_point()
+        and weight.dtype is x.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and (bias is None or (isinstance(bias, Tensor) and bias.dtype is x.dtype))
+        and _fit(x.shape, weight.shape, None if bias is None else bias.shape, options)
+        and not usage.recording()
+        and not dispatch.is_overridden(BINDING, None)
+    )
+
+
+def _fit(*given: Any) -> bool:
+    try:
+        _check_arguments(*given)
+    except (TypeError, ValueError):  # as of sizes that are symbols, which no cache can hold
+        return False
+    return True
+
+
+# A model makes the same calls over and over; an error is not kept.
+_check_arguments = lru_cache(maxsize=1024)(spec.check_arguments)
 
 
 def _takes_plain_path(
@@ -148,7 +181,7 @@ def _activated(z: Tensor, options: Options) -> Tensor:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
-    stride, _, dilation, groups, *_ = options
+    stride, _, dilation, groups, _, _, _ = options
     x, padding = padded(x, options)
     convolution = F.conv1d if x.dim() == 3 else F.conv2d
     if weight.dim() == x.dim():
@@ -172,11 +205,13 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options)
 
 def _shuffled(z: Tensor, options: Options) -> Tensor:
     scale = options.shuffle
+    if not scale:
+        return z
     if z.dim() == 4:
         return torch_functions.pixel_shuffle(z, scale)
     if scale > 0:
         return z.unflatten(1, (-1, scale)).transpose(2, 3).flatten(2)
-    return z.unflatten(2, (-1, -scale)).transpose(2, 3).flatten(1, 2) if scale < 0 else z
+    return z.unflatten(2, (-1, -scale)).transpose(2, 3).flatten(1, 2)
 
 
 def _format(x: Tensor) -> torch.memory_format:

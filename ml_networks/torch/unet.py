@@ -288,13 +288,14 @@ class _HyperConditionalResidualBlock(nn.Module):
 
     def functional_call(self, name: str, made: dict[str, Tensor], x: Tensor) -> Tensor:
         """Run the layer `name` with its own parameters plus the ones made for each sample."""
-        layer = self.get_submodule(name)
+        layer: Any = self.get_submodule(name)
         parameters = {
             key: parameter + made[f"{name}.{key}"]
-            for key, parameter in layer.named_parameters()
+            for key, parameter in layer.conv.named_parameters("conv")
             if f"{name}.{key}" in made
         }
-        output: Tensor = functional_call(layer, parameters, (x,))
+        # What is made for each sample fits nothing else, so no ties are looked for.
+        output: Tensor = functional_call(layer, parameters, (x,), tie_weights=False)
         return output
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:

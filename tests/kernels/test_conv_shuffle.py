@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from ml_networks.kernels import explain, record_usage  # noqa: E402
+from ml_networks.kernels import explain, record_usage, use_implementation  # noqa: E402
 from ml_networks.kernels.conv_shuffle import spec, torch_op  # noqa: E402
 from ml_networks.kernels.core import device, pallas  # noqa: E402
 from ml_networks.kernels.core.errors import UnsupportedImplementationError  # noqa: E402
@@ -180,6 +180,58 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 def test_mixed_types_are_refused() -> None:
     with pytest.raises(TypeError, match=r"weight is torch\.float32 and x is torch\.float16"):
         conv_shuffle(torch.ones(2, 4, 5, 5).half(), torch.ones(6, 4, 3, 3))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_sizes_seen_before_hide_nothing(own: bool) -> None:
+    """What is remembered of a call is that its sizes fit, and nothing else."""
+    front = (2,) if own else ()
+    x, weight, bias = draw(2, 4, 6), draw(*front, 6, 4, 3), draw(*front, 6)
+    expected = conv_shuffle(x, weight, bias, padding=1)
+    for _ in range(2):
+        assert torch.equal(conv_shuffle(x, weight, bias, padding=1), expected)
+        with pytest.raises(ValueError, match="bias has shape"):
+            conv_shuffle(x, weight, bias[..., 1:], padding=1)
+        with pytest.raises(ValueError, match="unknown activation"):
+            conv_shuffle(x, weight, bias, padding=1, activation="relu")
+        with pytest.raises(TypeError, match=r"bias is torch\.float64 and x is torch\.float32"):
+            conv_shuffle(x, weight, bias.double(), padding=1)
+        with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch.int32"):
+            conv_shuffle(x.int(), weight.int(), bias.int(), padding=1)
+        with pytest.raises(TypeError, match="weight must be a floating-point tensor, got list"):
+            conv_shuffle(x, weight.tolist(), bias, padding=1)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert conv_shuffle(x, weight, bias, padding=1).dtype == torch.bfloat16
+        with record_usage() as usage:
+            conv_shuffle(x, weight, bias, padding=1)
+        assert [row.calls for row in usage.rows] == [1]
+
+
+@pytest.mark.skipif(len(IMPLEMENTATIONS) > 1, reason="asks for what cannot run")
+def test_what_is_asked_for_counts_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = draw(2, 4, 6), draw(6, 4, 3)
+    refused = pytest.raises(UnsupportedImplementationError, match="needs a GPU")
+    for _ in range(2):
+        conv_shuffle(x, weight)
+        with refused:
+            conv_shuffle(x, weight, implementation="triton")
+        with use_implementation("triton"), refused:
+            conv_shuffle(x, weight)
+        with monkeypatch.context() as patch, refused:
+            patch.setenv("ML_NETWORKS_IMPLEMENTATION", "conv_shuffle=triton")
+            conv_shuffle(x, weight)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the plain path in the op is for a CPU")
+def test_traces_with_symbols_for_sizes() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return conv_shuffle(x, weight, padding=1, activation="SiLU")
+
+    weight = draw(6, 4, 3)
+    traced = make_fx(function, tracing_mode="symbolic")(draw(3, 4, 7), weight)
+    torch.testing.assert_close(traced(draw(5, 4, 9), weight), function(draw(5, 4, 9), weight))
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETING, reason="needs a GPU or its interpreter")
