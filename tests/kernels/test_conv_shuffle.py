@@ -196,7 +196,9 @@ def test_sizes_seen_before_hide_nothing(own: bool) -> None:
             conv_shuffle(x, weight, bias, padding=1, activation="relu")
         with pytest.raises(TypeError, match=r"bias is torch\.float64 and x is torch\.float32"):
             conv_shuffle(x, weight, bias.double(), padding=1)
-        with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch.int32"):
+        with pytest.raises(
+            TypeError, match=r"x must be a floating-point tensor, got torch\.int32"
+        ):
             conv_shuffle(x.int(), weight.int(), bias.int(), padding=1)
         with pytest.raises(TypeError, match="weight must be a floating-point tensor, got list"):
             conv_shuffle(x, weight.tolist(), bias, padding=1)
