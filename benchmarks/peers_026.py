@@ -26,7 +26,7 @@ Run = Callable[[], None]
 WARM_UP = 2
 
 
-def _trained(module: Any, *inputs: Any, loss: Callable[..., Any] | None = None) -> Run:
+def trained(module: Any, *inputs: Any, loss: Callable[..., Any] | None = None) -> Run:
     """One forward and backward pass, gradients of the inputs included."""
     inputs = tuple(x.requires_grad_() for x in inputs)
 
@@ -37,13 +37,13 @@ def _trained(module: Any, *inputs: Any, loss: Callable[..., Any] | None = None) 
     return run
 
 
-def _conv(config: Any, **keywords: Any) -> Any:
+def conv_config(config: Any, **keywords: Any) -> Any:
     fields = {"activation": "ReLU", "kernel_size": 3, "stride": 1, "padding": 1}
     return config.ConvConfig(**fields | keywords)
 
 
 def _attention(ml: Any, config: Any, torch: Any) -> Run:
-    return _trained(ml.Attention2d(64, 8), torch.randn(4, 64, 32, 32))
+    return trained(ml.Attention2d(64, 8), torch.randn(4, 64, 32, 32))
 
 
 def _time_series(ml: Any, config: Any, torch: Any) -> Run:
@@ -53,14 +53,14 @@ def _time_series(ml: Any, config: Any, torch: Any) -> Run:
     def loss(*features: Any) -> Any:
         return module.calc_timeseries_nce(*features, 3, 3)["nce"].mean()
 
-    return _trained(module, torch.randn(16, 64, 16), torch.randn(16, 64, 16), loss=loss)
+    return trained(module, torch.randn(16, 64, 16), torch.randn(16, 64, 16), loss=loss)
 
 
 def _backbones(config: Any, down: bool) -> dict[str, Any]:
     norm = {"norm": "group", "norm_cfg": {"num_groups": 4}}
     channels = (16, 32, 64) if down else (64, 32, 16)
-    conv = _conv(config, kernel_size=4, stride=2, **norm)
-    last = conv if down else _conv(config, kernel_size=4, stride=2, activation="Tanh")
+    conv = conv_config(config, kernel_size=4, stride=2, **norm)
+    last = conv if down else conv_config(config, kernel_size=4, stride=2, activation="Tanh")
     return {
         "ConvNet": config.ConvNetConfig(channels, (conv, conv, last)),
         "ResNet": config.ResNetConfig(32, 3, 3, "ReLU", "Tanh", 2, 2, 2, **norm),
@@ -71,7 +71,7 @@ def _encoder(backbone: str) -> Callable[..., Run]:
     def build(ml: Any, config: Any, torch: Any) -> Run:
         cfg = _backbones(config, down=True)[backbone]
         module = ml.Encoder(64, (3, 64, 64), cfg, config.LinearConfig("ReLU"))
-        return _trained(module, torch.randn(8, 3, 64, 64))
+        return trained(module, torch.randn(8, 3, 64, 64))
 
     return build
 
@@ -80,17 +80,17 @@ def _decoder(backbone: str) -> Callable[..., Run]:
     def build(ml: Any, config: Any, torch: Any) -> Run:
         cfg = _backbones(config, down=False)[backbone]
         module = ml.Decoder(64, (3, 64, 64), cfg, config.LinearConfig("ReLU"))
-        return _trained(module, torch.randn(8, 64))
+        return trained(module, torch.randn(8, 64))
 
     return build
 
 
 def _unet(*shape: int) -> Callable[..., Run]:
     def build(ml: Any, config: Any, torch: Any) -> Run:
-        conv = _conv(config, norm="group", norm_cfg={"num_groups": 4})
+        conv = conv_config(config, norm="group", norm_cfg={"num_groups": 4})
         cfg = config.UNetConfig((16, 32, 64), conv, cond_pred_scale=True)
         cls = ml.ConditionalUnet1d if len(shape) == 2 else ml.ConditionalUnet2d
-        return _trained(cls(16, shape, cfg), torch.randn(8, *shape), torch.randn(8, 16))
+        return trained(cls(16, shape, cfg), torch.randn(8, *shape), torch.randn(8, 16))
 
     return build
 
@@ -159,7 +159,7 @@ def _jax_decoder(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
 
 def _jax_unet(*shape: int) -> Callable[..., Run]:
     def build(ml: Any, config: Any, own: bool, rngs: Any) -> Run:
-        conv = _conv(config, norm="group", norm_cfg={"num_groups": 4})
+        conv = conv_config(config, norm="group", norm_cfg={"num_groups": 4})
         cfg = config.UNetConfig((16, 32, 64), conv, cond_pred_scale=True, use_shuffle=True)
         cls = ml.ConditionalUnet1d if len(shape) == 2 else ml.ConditionalUnet2d
         ordered = shape if own else (*shape[1:], shape[0])

@@ -386,3 +386,22 @@ def test_the_bench_step_prints_its_rows(
     told = capsys.readouterr().out
     assert "forward+backward" in told
     assert told.splitlines()[-1].endswith("rows")
+
+
+@no_gpu
+def test_two_checkouts_race_in_one_process() -> None:
+    """In a process of its own: a second copy of the library registers the ops anew."""
+    name = "ConditionalUnet1d, hypernetworks"
+
+    def run(other: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.checkouts", str(other)]
+        options = ["--only", f"^{name}$", "--seconds", "0.1"]
+        return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+
+    found = run(ROOT)
+    assert not found.returncode, found.stderr
+    cells = [cell.strip() for cell in found.stdout.splitlines()[-1].split("|")[1:-1]]
+    assert cells[0] == name
+    assert all(float(cell.removesuffix(" us")) > 0 for cell in cells[1:3])
+    assert all(0.2 < float(cell.split()[0]) < 5 for cell in cells[3:])
+    assert "ImportError: no ml_networks in" in run(ROOT / "docs").stderr
