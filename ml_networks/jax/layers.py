@@ -36,6 +36,7 @@ from ml_networks.jax.primitives import (
     Linear,
     RMSNorm,
     check_channels,
+    on_one_accelerator,
     pixel_shuffle,
     pixel_unshuffle,
 )
@@ -162,20 +163,18 @@ class LinearNormActivation(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map (..., input_dim) to (..., output_dim)."""
-        if jax.default_backend() != "cpu" and self._is_one_op():
+        if on_one_accelerator() and self._is_one_op():
             return self.dropout(self._one_op(x))
         x = self.linear(self.norm(x)) if self.norm_first else self.norm(self.linear(x))
         return self.dropout(self.activation(x))
 
     def _is_one_op(self) -> bool:
-        """Whether the children are as they were made, on a single device: XLA cannot divide a
-        kernel among several."""
+        """Whether the children are as they were made."""
         return (
             self.activation_name in KERNEL_ACTIVATIONS
             and type(self.linear) is Linear
             and type(self.norm) in _ROW_NORMS
             and type(self.activation) is Activation
-            and jax.device_count() == 1
         )
 
     def _one_op(self, x: Array) -> Array:
@@ -238,7 +237,7 @@ class MLPLayer(BaseModule):
 
     def __call__(self, x: Array) -> Array:
         """Map (..., input_dim) to (..., output_dim)."""
-        if jax.default_backend() != "cpu" and self._is_one_op():
+        if on_one_accelerator() and self._is_one_op():
             return self._one_op(x)
         for layer in self.layers:
             x = layer(x)
@@ -332,7 +331,7 @@ class _Convolution(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map (B, C, *sides) or (C, *sides) to feature maps of the same rank."""
-        if jax.default_backend() != "cpu" and _is_one_convolution(self, x):
+        if on_one_accelerator() and _is_one_convolution(self, x):
             bias = None if self.conv.bias is None else self.conv.bias[...]
             return _one_convolution(self, x, self.conv.kernel[...], bias)
         return self.through(self.conv, x)
@@ -374,7 +373,7 @@ class ConvNormActivation(_Convolution):
         if self.norm_first:
             return self.dropout(self.activation(self._shuffle(convolve(self.norm(x)))))
         x = convolve(x)
-        if jax.default_backend() != "cpu" and _is_one_tail(self, x):
+        if on_one_accelerator() and _is_one_tail(self, x):
             return self.dropout(_one_tail(self, x, shuffle=self.scale_factor))
         return self.dropout(self.activation(self._shuffle(self.norm(x))))
 
@@ -408,21 +407,19 @@ class ConvNormActivation1d(_Convolution):
         if self.norm_first:
             return self.dropout(self.activation(self._shuffle(convolve(self.norm(x)))))
         x = self._shuffle(convolve(x))
-        if jax.default_backend() != "cpu" and _is_one_tail(self, x):
+        if on_one_accelerator() and _is_one_tail(self, x):
             return self.dropout(_one_tail(self, x))
         return self.dropout(self.activation(self.norm(x)))
 
 
 def _is_one_convolution(layer: Any, x: Array) -> bool:
-    """Whether a convolution without a norm behind it and its activation are as they were made, on
-    a single device."""
+    """Whether a convolution without a norm behind it and its activation are as they were made."""
     return (
         (layer.norm_first or type(layer.norm) is Identity)
         and layer.activation_name in KERNEL_ACTIVATIONS
         and type(layer.conv) is Conv
         and type(layer.activation) is Activation
         and x.ndim == 2 + layer.sides
-        and jax.device_count() == 1
     )
 
 
@@ -450,15 +447,14 @@ def _one_convolution(layer: Any, x: Array, kernel: Array, bias: Array | None) ->
 
 
 def _is_one_tail(layer: Any, x: Array) -> bool:
-    """Whether norm and activation of a convolution, whose output is ``x``, are as they were made,
-    on a single device: XLA cannot divide a kernel among several. One value has no variance."""
+    """Whether norm and activation of a convolution, whose output is ``x``, are as they were made.
+    One value has no variance."""
     return (
         layer.activation_name in KERNEL_ACTIVATIONS
         and type(layer.norm) in (BatchNorm, GroupNorm)
         and type(layer.activation) is Activation
         and x.ndim == 2 + layer.sides
         and x.size > x.shape[1]
-        and jax.device_count() == 1
     )
 
 
@@ -568,7 +564,7 @@ class _ConvTranspose(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Map (B, C, H, W), or (B, C, L) in one dimension, to feature maps of the same rank."""
         x = self.conv(x)
-        if jax.default_backend() != "cpu" and _is_one_tail(self, x):
+        if on_one_accelerator() and _is_one_tail(self, x):
             return self.dropout(_one_tail(self, x))
         return self.dropout(self.activation(self.norm(x)))
 
@@ -688,7 +684,7 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Map (B, C, H, W) to feature maps of the same size (at stride 1)."""
         last = self.conv2
-        if jax.default_backend() == "cpu" or not self._may_be_one_op():
+        if not (on_one_accelerator() and self._may_be_one_op()):
             return self.activation(self.shortcut(x) + last(self.conv1(x)))
         shortcut, hidden = self.shortcut(x), last.conv(self.conv1(x))
         if shortcut.dtype == hidden.dtype and _is_one_tail(last, hidden):

@@ -19,6 +19,13 @@ from jaxtyping import Array, Float
 from ml_networks._geometry import channels_hint
 from ml_networks.jax.rngs import RngsLike, as_rngs
 
+
+def on_one_accelerator() -> bool:
+    """Whether modules hand what they compute to ops. On a CPU their own steps are the plain path;
+    several devices do without kernels, which XLA cannot divide among them."""
+    return jax.default_backend() != "cpu" and jax.device_count() == 1
+
+
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 

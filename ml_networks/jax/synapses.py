@@ -12,7 +12,7 @@ from ml_networks._compat import checked_keywords
 from ml_networks._geometry import hyper_levels, synapse_widths
 from ml_networks.jax.layers import make_dropout
 from ml_networks.jax.lora import HyperLoRALinear
-from ml_networks.jax.primitives import LayerNorm, Linear
+from ml_networks.jax.primitives import LayerNorm, Linear, on_one_accelerator
 from ml_networks.jax.rngs import RngsLike, as_rngs
 from ml_networks.kernels.jax import norm_activation, norm_silu_skip_norm
 
@@ -108,7 +108,7 @@ class SynapseUNET(nnx.Module):
 
     def from_first(self, x: Array) -> Array:
         """Go on from the output (B, out_dims) of the first linear layer."""
-        if jax.default_backend() != "cpu" and self._is_by_ops():
+        if on_one_accelerator() and self._is_by_ops():
             return self._by_ops(x)
         skipped = [jax.nn.silu(self.first_norm(x))]
         for down in self.down_projections:
@@ -119,14 +119,11 @@ class SynapseUNET(nnx.Module):
         return x
 
     def _is_by_ops(self) -> bool:
-        """Whether the children are as they were made, on a single device: XLA cannot divide a
-        kernel among several."""
+        """Whether the children are as they were made."""
         projections = [*self.down_projections, *self.up_projections]
         norms = [self.first_norm, *self.skip_lns, *(p.norm for p in projections)]
-        return (
-            all(type(projection) is _Projection for projection in projections)
-            and all(type(norm) is LayerNorm and norm.eps == norms[0].eps for norm in norms)
-            and jax.device_count() == 1
+        return all(type(projection) is _Projection for projection in projections) and all(
+            type(norm) is LayerNorm and norm.eps == norms[0].eps for norm in norms
         )
 
     def _by_ops(self, x: Array) -> Array:

@@ -32,6 +32,7 @@ from ml_networks.jax.primitives import (
     Conv,
     ConvTranspose,
     Linear,
+    on_one_accelerator,
     pixel_shuffle,
     pixel_unshuffle,
     with_channels_last,
@@ -299,7 +300,7 @@ class _HyperConditionalResidualBlock(nnx.Module):
             kernel = layer.conv.kernel[...] + jnp.moveaxis(weight, (1, 2), (-1, -2))
             if layer.conv.bias is not None:
                 bias = layer.conv.bias[...] + bias
-            if jax.default_backend() != "cpu" and _is_one_convolution(layer, x):
+            if on_one_accelerator() and _is_one_convolution(layer, x):
                 x = _one_convolution(layer, x, kernel, bias)
             else:
                 x = layer.through(partial(_per_sample, layer.conv, kernel, bias), x)
@@ -308,7 +309,7 @@ class _HyperConditionalResidualBlock(nnx.Module):
 
 def _per_sample(conv: Conv, kernel: Array, bias: Array | None, x: Array) -> Array:
     """Apply `conv` with a kernel and a bias for each sample, (batch, *shape)."""
-    if jax.default_backend() != "cpu" and jax.device_count() == 1:
+    if on_one_accelerator():
         return convolve(conv, x, kernel, bias)
 
     def run(x: Array, kernel: Array, bias: Array | None) -> Array:

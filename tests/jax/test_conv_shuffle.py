@@ -73,3 +73,7 @@ def test_a_block_with_made_weights_is_made_of_ops(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     np.testing.assert_allclose(block(x, cond), expected, rtol=1e-5, atol=1e-5)
     assert seen == [(5, "SiLU" if norm == "none" else "none")] * 2
+    # XLA cannot divide a kernel among several devices.
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    np.testing.assert_allclose(block(x, cond), expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 2
