@@ -7,7 +7,6 @@ much too large can keep the compiler busy for minutes, or end the process.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
@@ -161,26 +160,38 @@ def _compile(op: str, case_id: str, dtype: str, direction: str, target_name: str
         )
         for name, value in found.reference.make_inputs(case, 0).items()
     }
-    call = functools.partial(_run, found.binding("jax"), dict(case.flags), direction == "backward")
+    backward = direction == "backward"
+    binding, flags = found.binding("jax"), dict(case.flags)
+
+    def call(inputs: Mapping[str, Any]) -> Any:
+        return call_and_pull(binding, flags, inputs, backward=backward)[backward]
+
     with pallas.lowering_for(target_name), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         jax.jit(call).trace(arrays).lower(lowering_platforms=("cuda",)).compile()
 
 
-def _run(
-    binding: Binding, flags: Mapping[str, Any], backward: bool, inputs: Mapping[str, Any]
-) -> Any:
+def call_and_pull(
+    binding: Binding,
+    flags: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    implementation: str | None = None,
+    *,
+    backward: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The floating-point outputs of an op and, if ``backward``, its gradients at cotangents of 1,
+    without which no backward kernel is lowered."""
     import jax
     import jax.numpy as jnp
 
     def floating(values: Mapping[str, Any]) -> dict[str, Any]:
-        outputs = binding.call({**inputs, **values}, flags, None)
+        outputs = binding.call({**inputs, **values}, flags, implementation)
         return {k: v for k, v in outputs.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
     wanted = {name: inputs[name] for name in binding.wanted(inputs)}
     if not backward:
-        return floating(wanted)
+        return floating(wanted), {}
     outputs, pull = jax.vjp(floating, wanted)
-    return pull(jax.tree.map(jnp.ones_like, outputs))
+    return outputs, pull(jax.tree.map(jnp.ones_like, outputs))[0]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 
 from ml_networks.kernels.core import ahead_of_time, device, dispatch, pallas, registry
 from ml_networks.kernels.core.errors import KernelError, UnknownNameError
+from ml_networks.kernels.core.pallas_ahead_of_time import call_and_pull
 
 OPS = sorted(registry.ops())
 GPUS = sorted(name for name in device.TARGETS if name != "tpu")
@@ -97,25 +98,18 @@ def test_pallas_kernels_lower(op: str, target: str) -> None:
                 for name, value in found.reference.make_inputs(case, 0).items()
                 if value.size < 1 << 24
             }
-            call = functools.partial(_call_and_pull, binding, dict(case.flags))
+            call = functools.partial(
+                call_and_pull,
+                binding,
+                dict(case.flags),
+                implementation="pallas",
+                backward=True,
+            )
             text = pallas.lower(call, arrays, target_name=target)
             assert "custom_call" in text
             lowered += 1
     # An op may leave a TPU to XLA altogether, with reasons.
     assert lowered or (target == "tpu" and refused), f"no case of {op} lowers for {target}"
-
-
-def _call_and_pull(binding: registry.Binding, flags: dict, inputs: dict) -> object:
-    """The op and its gradients, so that the backward kernels lower too."""
-    import jax
-    import jax.numpy as jnp
-
-    def floating(values: dict) -> dict:
-        outputs = binding.call({**inputs, **values}, flags, "pallas")
-        return {k: v for k, v in outputs.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-
-    outputs, pull = jax.vjp(floating, {name: inputs[name] for name in binding.wanted(inputs)})
-    return outputs, pull(jax.tree.map(jnp.ones_like, outputs))
 
 
 def test_lowering_leaves_no_trace() -> None:
