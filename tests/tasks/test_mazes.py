@@ -20,8 +20,16 @@ from typer.testing import CliRunner, Result
 
 from ml_networks.io import load_weights, save_weights
 from ml_networks.tasks.mazes import evaluate, generate, pictures, train
-from ml_networks.tasks.mazes.data import WAIT, Mazes
-from ml_networks.tasks.mazes.learner import best_constant, measure
+from ml_networks.tasks.mazes.data import WAIT, Mazes, size_of
+from ml_networks.tasks.mazes.learner import (
+    Measures,
+    Scores,
+    best_constant,
+    counted,
+    measure,
+    scores,
+    table,
+)
 from ml_networks.tasks.mazes.run import (
     LAST,
     PROGRAM,
@@ -63,7 +71,7 @@ TINY = Settings(
     memory_hidden_dims=2,
     hyper_rank=2,
     maze_route_length=12,
-    maze_size=7,
+    maze_size=(7, 9),
     training_mazes=20,
     test_mazes=6,
     training_iterations=6,
@@ -169,8 +177,32 @@ def test_measures() -> None:
     answers = np.array([[0, 1, 4, 4], [2, 0, 1, 4], [0, 1, 4, 4]])
     found = measure(answers, routes)
     assert found[1:] == pytest.approx((9 / 12, 6 / 9, 1 / 3))
-    constant = best_constant(routes)  # 0 1 1 4, and for the route alone 0 1 1 1
-    assert constant[1:] == pytest.approx((9 / 12, 8 / 9, 0))
+    mazes = Mazes(np.zeros((3, 2, 5), np.uint8), routes)
+    constant = best_constant([mazes])  # 0 1 1 4, and for the route alone 0 1 1 1
+    assert constant.overall[1:] == pytest.approx((9 / 12, 8 / 9, 0))
+    assert [*constant.sizes] == ["2 x 5"]
+    assert constant.sizes["2 x 5"][1:] == constant.overall[1:]
+
+
+def test_measures_of_several_sizes() -> None:
+    """Every step counts once, so a size with more or longer routes counts more."""
+    small = Mazes(np.zeros((1, 5, 5), np.uint8), np.array([[0, 0, 4, 4]]))
+    large = Mazes(np.zeros((3, 7, 7), np.uint8), np.array([[1, 1, 1, 4]] * 3))
+    answers = [np.array([[0, 1, 4, 4]]), np.array([[1, 1, 1, 4], [1, 1, 0, 4], [0, 0, 0, 0]])]
+    found = scores([small, large], answers, [2.0, 6.0])
+    assert found.sizes["5 x 5"] == pytest.approx((2.0, 3 / 4, 1 / 2, 0))
+    assert found.sizes["7 x 7"] == pytest.approx((6.0, 7 / 12, 5 / 9, 1 / 3))
+    assert found.overall == pytest.approx((5.0, 10 / 16, 6 / 11, 1 / 4))
+    constant = best_constant([small, large])  # an answer for each size
+    assert constant.overall[1:] == (1, 1, 1)
+    text = table(found, constant).splitlines()
+    assert [line.split("  ")[0] for line in text[1:4]] == ["5 x 5", "7 x 7", "all"]
+    assert re.search(r"5 x 5 +75\.0% \(100\.0%\) +50\.0% \(100\.0%\) +0\.0% \(100\.0%\)", text[1])
+    one = Scores(found.sizes["5 x 5"], {"5 x 5": found.sizes["5 x 5"]})
+    assert "all" not in table(one, constant).split()
+    assert counted([small]) == "1 mazes of 5 x 5 pixels"
+    assert counted([large, small]) == "3 mazes of 7 x 7 pixels and 1 mazes of 5 x 5 pixels"
+    assert counted([large, large]) == "3 mazes of 7 x 7, 7 x 7 pixels each"
 
 
 # --- training -------------------------------------------------------------------------------
@@ -188,11 +220,11 @@ class StopAfter:
 
 
 @pytest.fixture(scope="module")
-def mazes() -> tuple[Mazes, Mazes]:
+def mazes() -> tuple[list[Mazes], list[Mazes]]:
     return load_mazes(TINY)
 
 
-def trained(run: Run, mazes: tuple[Mazes, Mazes], out: Path, steps: int = 0) -> bool:
+def trained(run: Run, mazes: tuple[list[Mazes], list[Mazes]], out: Path, steps: int = 0) -> bool:
     with progress_bar(Console(), visible=False) as bar:
         return fit(run, *mazes, StopAfter(steps), out, lambda point: None, bar)
 
@@ -218,16 +250,22 @@ def assert_same(a: Path, b: Path) -> None:
 def test_it_learns() -> None:
     """A few mazes by heart."""
     settings = dataclasses.replace(
-        TINY, use_hyper=False, training_mazes=8, training_iterations=60, d_model=40, n_synch_out=30
+        TINY,
+        use_hyper=False,
+        maze_size=7,
+        training_mazes=8,
+        training_iterations=60,
+        d_model=40,
+        n_synch_out=30,
     )
     learner = fresh(settings).learner
-    training = load_mazes(settings)[0]
+    (training,) = load_mazes(settings)[0]
     before = learner.test(training)[0]
     for step in range(settings.training_iterations):
         learner.step(training, step)
     loss, answers = learner.test(training)
     assert loss < before / 3
-    found, constant = measure(answers, training.routes), best_constant(training.routes)
+    found, constant = measure(answers, training.routes), best_constant([training]).overall
     assert found.on_route > constant.on_route + 0.1
     assert found.per_step > constant.per_step + 0.1
 
@@ -245,21 +283,53 @@ def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) 
     epochs = []
     run = fresh(TINY)
     for run.step in range(0, 6, 2):
-        first = run.batch(numbered).routes.flatten().tolist()
+        first = run.batch([numbered]).routes.flatten().tolist()
         run.step += 1
-        epochs.append(first + run.batch(numbered).routes.flatten().tolist())
+        epochs.append(first + run.batch([numbered]).routes.flatten().tolist())
         assert len(set(epochs[-1])) == 16
     assert epochs[0] != epochs[1] != epochs[2]
     assert len(set(turns)) == 6
     again = fresh(TINY)
     again.step = 4
-    assert again.batch(numbered).routes.flatten().tolist() == epochs[2][:8]
+    assert again.batch([numbered]).routes.flatten().tolist() == epochs[2][:8]
     monkeypatch.undo()
-    training = load_mazes(TINY)[0]
-    turned = [again.batch(training).pixels for _ in range(2)]
+    training = load_mazes(TINY)[0][0]
+    turned = [again.batch([training]).pixels for _ in range(2)]
     assert (turned[0] == turned[1]).all()
     order = [int(row) for row in epochs[2][:8]]
     assert not (turned[0] == training.pixels[order]).all()
+
+
+def test_batches_of_several_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch has every whole batch of every size once, in an order of its own, also when it is
+    asked for in another order; a size's batches come as without the other sizes."""
+    monkeypatch.setattr("ml_networks.tasks.mazes.run.augment", lambda mazes, random: mazes)
+    settings = dataclasses.replace(TINY, batch_size=5)
+    training = [
+        Mazes(np.full((n, side, side), 1, np.uint8), np.arange(n)[:, None] + 100 * side)
+        for n, side in ((12, 3), (25, 5), (9, 7))
+    ]
+    run = fresh(settings)
+    turns, epochs = [], []
+    for epoch in range(3):
+        seen: dict[int, list[int]] = {3: [], 5: [], 7: []}
+        sides = []
+        for run.step in range(8 * epoch, 8 * epoch + 8):
+            batch = run.batch(training)
+            sides.append(batch.pixels.shape[1])
+            assert len(batch.routes) == 5
+            seen[sides[-1]] += batch.routes.flatten().tolist()
+        assert sorted(sides) == [3, 3, 5, 5, 5, 5, 5, 7]
+        assert [len(set(rows)) for rows in seen.values()] == [10, 25, 5]
+        turns.append(sides)
+        epochs.append(seen)
+    assert turns[0] != turns[1] != turns[2]
+    alone, places = fresh(settings), [8 + n for n, side in enumerate(turns[1]) if side == 5]
+    for number, run.step in reversed(list(enumerate(places))):
+        rows = run.batch(training).routes.flatten().tolist()
+        assert rows == epochs[1][5][5 * number : 5 * number + 5]
+        alone.step = 5 + number
+        assert alone.batch([training[1]]).routes.flatten().tolist() == rows
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
@@ -269,9 +339,12 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates[4:] == pytest.approx([(1 + np.cos(np.pi * n / 6)) / 2 for n in range(6)])
 
 
-def test_resumed_is_uninterrupted(mazes: tuple[Mazes, Mazes], tmp_path: Path) -> None:
-    """Stopped between two tests, with dropout, which depends on the step; and a second time."""
+def test_resumed_is_uninterrupted(mazes: tuple[list[Mazes], list[Mazes]], tmp_path: Path) -> None:
+    """Stopped between two tests, with dropout, which depends on the step; and a second time. What
+    is left has mazes of both sizes."""
     settings = dataclasses.replace(TINY, dropout=0.2)
+    run = fresh(settings)
+    assert {run.batch(mazes[0]).pixels.shape[1] for run.step in (4, 5)} == {7, 9}
     assert trained(fresh(settings), mazes, tmp_path / "whole")
     out = tmp_path / "parts"
     assert not trained(fresh(settings), mazes, out, steps=3)
@@ -285,13 +358,14 @@ def test_resumed_is_uninterrupted(mazes: tuple[Mazes, Mazes], tmp_path: Path) ->
 
 @pytest.mark.skipif(not HAS_JAX, reason="jax and flax are not installed")
 def test_jax_resumes_and_torch_answers_the_same(
-    mazes: tuple[Mazes, Mazes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mazes: tuple[list[Mazes], list[Mazes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One run goes on after a stop, one from the checkpoint that the stop left. Both have one
     learner, which is compiled once; loading replaces all that it holds."""
     settings = dataclasses.replace(
         TINY,
         framework="jax",
+        maze_size=7,
         use_hyper=False,
         synapse_depth=2,
         dropout_nlm=0.2,
@@ -299,9 +373,10 @@ def test_jax_resumes_and_torch_answers_the_same(
         iterations=2,
     )
     run = fresh(settings)
-    assert not trained(run, mazes, tmp_path / "a", steps=3)
+    of_one_size = mazes[0][:1], mazes[1][:1]
+    assert not trained(run, of_one_size, tmp_path / "a", steps=3)
     stopped = (tmp_path / "a" / LAST).read_bytes()
-    assert trained(run, mazes, tmp_path / "a")
+    assert trained(run, of_one_size, tmp_path / "a")
     assert run.history[-1].loss != run.history[0].loss
 
     (tmp_path / "b").mkdir()
@@ -309,15 +384,63 @@ def test_jax_resumes_and_torch_answers_the_same(
     monkeypatch.setattr("ml_networks.tasks.mazes.run.make_learner", lambda *_: run.learner)
     again = load_checkpoint(tmp_path / "b" / LAST, settings)
     assert again.step == 3
-    assert trained(again, mazes, tmp_path / "b")
+    assert trained(again, of_one_size, tmp_path / "b")
     assert_same(tmp_path / "a" / LAST, tmp_path / "b" / LAST)
 
     in_torch = make_learner(dataclasses.replace(settings, framework="torch"), "cpu")
     in_torch.load_model(model_weights(tmp_path / "a" / LAST, "torch"))
-    loss, answers = run.learner.test(mazes[1])
-    found_loss, found = in_torch.test(mazes[1])
-    assert found_loss == pytest.approx(loss, rel=1e-5)
-    assert (found == answers).all()
+    for held_out in mazes[1]:
+        loss, answers = run.learner.test(held_out)
+        found_loss, found = in_torch.test(held_out)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        assert (found == answers).all()
+
+
+class Silent:
+    """A learner that answers nothing, so that a run can be watched."""
+
+    parameters = 0
+
+    def step(self, mazes: Mazes, number: int) -> None:
+        """Learn nothing."""
+
+    def take_losses(self) -> float:
+        return 0.0
+
+    def test(self, mazes: Mazes) -> tuple[float, NDArray[np.int64]]:
+        return 0.0, np.zeros_like(mazes.routes)
+
+    def tensors(self) -> dict[str, Any]:
+        return {"losses": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_bar_says_what_takes_time(
+    framework: str, mazes: tuple[list[Mazes], list[Mazes]], tmp_path: Path
+) -> None:
+    """JAX compiles at the first step of each size, also after a stop."""
+    settings = dataclasses.replace(TINY, framework=framework, evaluate_every=4)
+    run = Run(settings, Silent())  # type: ignore[arg-type]
+    sizes = [size_of(run.batch(mazes[0])) for run.step in range(6)]
+    assert sizes[0] != sizes[-1]
+    run.step = 0
+    with progress_bar(Console(), visible=False) as bar:
+        said: list[str] = []
+        update = bar.update
+
+        def listen(task: Any, **values: Any) -> None:
+            said.extend([values["description"]] if "description" in values else [])
+            update(task, **values)
+
+        bar.update = listen  # type: ignore[method-assign]
+        fit(run, *mazes, StopAfter(0), tmp_path, lambda point: None, bar)
+    testing = [f"testing on {size} pixels" for size in ("7 x 7", "9 x 9")]
+    first = [size not in sizes[:step] for step, size in enumerate(sizes)]
+    steps = [
+        f"compiling for {size} pixels" if new and framework == "jax" else "training"
+        for size, new in zip(sizes, first, strict=True)
+    ]
+    assert said == steps[:4] + testing + steps[4:] + testing
 
 
 def test_dynamic_weights() -> None:
@@ -361,6 +484,8 @@ def options(settings: Settings) -> list[str]:
     for name, value in dataclasses.asdict(settings).items():
         if isinstance(value, bool):
             result.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            result += [f"--{name}", *map(str, value)]
         elif value not in (None, ""):
             result += [f"--{name}", str(value)]
     return result
@@ -373,15 +498,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ("--maze_size", 7, "--training_mazes", 9, "--test_mazes", 5, "--seed", 3)
     done = command(generate.app, folder / "data", *sizes)
     assert done.exit_code == 0, done.stderr
-    assert len(list((folder / "data" / "train" / "0").glob("*.png"))) == 9
+    assert len(list((folder / "data" / "train" / "7x7").glob("*.png"))) == 9
     arguments = (*options(TINY), "--data_root", folder / "data", "--device", "cpu")
     done = command(train.app, *arguments, "--out", folder / "run")
     assert done.exit_code == 0, done.stderr
     for pattern in (
-        r"\d+ parameters; 9 mazes of 7 x 7 pixels to train on, 5 held out",
+        r"\d+ parameters; 9 mazes of 7 x 7 pixels to train on, 5 mazes of 7 x 7 pixels held out",
         r"step 2/6  loss \d\.\d{3}  held out: loss \d\.\d{3}  per step +\d+\.\d%",
         r"step 6/6",
-        r"per-step accuracy +\d+\.\d%  \(best constant answer: \d+\.\d%\)",
+        r"7 x 7 +\d+\.\d% \(\d+\.\d%\) +\d+\.\d% \(\d+\.\d%\) +\d+\.\d% \(\d+\.\d%\)",
         r"time +\d+ s, \d+ s of a processor",
     ):
         assert re.search(pattern, done.stdout), done.stdout
@@ -391,7 +516,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_documented_options(tmp_path: Path) -> None:
     """Every option of the documented commands, for a run of one tick on the smallest mazes."""
-    short = "--iterations 1 --maze_size 5 --training_iterations 1 --batch_size 1 --test_mazes 1"
+    short = "--iterations 1 --maze_size 5 7 --training_iterations 1 --batch_size 1 --test_mazes 1"
     short += " --training_mazes 2 --device cpu --maze_route_length 4"
     for documented, settings in (
         (
@@ -430,7 +555,7 @@ def test_the_documented_options(tmp_path: Path) -> None:
         expected = dataclasses.replace(
             settings,
             iterations=1,
-            maze_size=5,
+            maze_size=(5, 7),
             training_iterations=1,
             batch_size=1,
             test_mazes=1,
@@ -446,7 +571,7 @@ def test_evaluation_draws(checkpoint: Path, tmp_path: Path) -> None:
     assert "5 mazes of 7 x 7 pixels" in done.stdout
     metadata = json.loads(json.dumps(load_weights(checkpoint)[1]))
     last = Point(**metadata["history"][-1])
-    assert f"per-step accuracy  {last.per_step:6.1%}" in done.stdout
+    assert re.search(rf"7 x 7 +{last.per_step:.1%} \(", done.stdout)
     names = {evaluate.ROUTES, evaluate.ATTENTION, evaluate.CERTAINTY, evaluate.DYNAMIC_WEIGHTS}
     assert {path.name for path in tmp_path.iterdir()} == names
     with Image.open(tmp_path / evaluate.ROUTES) as animation:
@@ -459,6 +584,28 @@ def test_evaluation_draws(checkpoint: Path, tmp_path: Path) -> None:
     assert "6 mazes of 9 x 9 pixels" in larger.stdout
 
 
+def test_evaluation_of_several_sizes(checkpoint: Path, tmp_path: Path) -> None:
+    """Of mazes that are made and of a folder with two sizes, which says the same."""
+    arguments = ("--out", tmp_path / "drawn", "--device", "cpu")
+    done = command(evaluate.app, checkpoint, "--maze-size", 11, 7, *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "6 mazes of 7 x 7, 11 x 11 pixels each" in done.stdout
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert rows[2:5] == ["7 x 7", "11 x 11", "all"]
+    names = {evaluate.ROUTES, evaluate.ATTENTION, evaluate.CERTAINTY, evaluate.DYNAMIC_WEIGHTS}
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == names | {evaluate.ACCURACY}
+    with Image.open(tmp_path / "drawn" / evaluate.ROUTES) as animation:
+        assert animation.n_frames == TINY.iterations
+        assert animation.width == 4 * 230
+
+    seed = read_settings(checkpoint)[0].seed
+    sizes = ("--maze_size=11", 7, "--training_mazes", 1, "--test_mazes", 6, "--seed", seed)
+    assert command(generate.app, tmp_path / "data", *sizes).exit_code == 0
+    read = command(evaluate.app, checkpoint, "--data_root", tmp_path / "data", "--no-pictures")
+    of_folder, made = (result.stdout.splitlines()[1:6] for result in (read, done))
+    assert of_folder == made
+
+
 @pytest.mark.parametrize(
     ("image", "features"), [((11, 11), (6, 6)), ((9, 21), (5, 11)), ((99, 99), (50, 50))]
 )
@@ -467,7 +614,7 @@ def test_shape_of_the_feature_map(image: tuple[int, int], features: tuple[int, i
 
 
 def test_weights_to_start_from(
-    checkpoint: Path, mazes: tuple[Mazes, Mazes], tmp_path: Path
+    checkpoint: Path, mazes: tuple[list[Mazes], list[Mazes]], tmp_path: Path
 ) -> None:
     """Of a checkpoint, and as the original training program and its analysis save them."""
     given = {"device": "cpu", "resume": None}
@@ -478,7 +625,7 @@ def test_weights_to_start_from(
     for number, content in enumerate((state, {"model_state_dict": state}, {"state_dict": state})):
         paths.append(tmp_path / f"{number}.pt")
         torch.save(content, paths[-1])
-    expected = first.test(mazes[1])
+    expected = first.test(mazes[1][0])
     options = {
         name: value
         for name, value in dataclasses.asdict(dataclasses.replace(TINY, seed=9)).items()
@@ -486,7 +633,7 @@ def test_weights_to_start_from(
     }
     for path in paths:
         run = train.start(weights=path, given=options, **given)  # type: ignore[arg-type]
-        loss, answers = run.learner.test(mazes[1])
+        loss, answers = run.learner.test(mazes[1][0])
         assert loss == expected[0]
         assert (answers == expected[1]).all()
     (tmp_path / "bad.pt").write_text("nothing")
@@ -499,6 +646,8 @@ def test_checkpoints_of_other_configurations(checkpoint: Path, tmp_path: Path) -
     message = refused(train.app, *resume, "--d_model", 32, "--d_input", 4)
     assert "was trained with d_model = 20 and cannot go on with 32" in message
     assert "d_input" not in message
+    message = refused(train.app, *resume, "--maze_size", 9, 7, 11)
+    assert "was trained with maze_size = 7 9 and cannot go on with 7 9 11" in message
     assert "with framework = torch" in refused(train.app, *resume, "--framework", "jax")
     assert "has 6 steps behind it" in refused(train.app, *resume, "--training_iterations", 5)
     assert "leave --weights out" in refused(train.app, *resume, "--weights", checkpoint)
@@ -530,6 +679,27 @@ def test_checkpoints_of_other_configurations(checkpoint: Path, tmp_path: Path) -
     assert "there is no weights file" in refused(evaluate.app, tmp_path / "none")
 
 
+def test_checkpoints_of_a_single_size(checkpoint: Path, tmp_path: Path) -> None:
+    """As they were before there were several: a number, and a history without sizes."""
+    tensors, metadata = load_weights(checkpoint)
+    expected = load_checkpoint(checkpoint, read_settings(checkpoint)[0], "cpu")
+    for sizes, found in ((7, (7,)), ([11, 9, 11], (9, 11))):
+        data = json.loads(json.dumps(metadata))
+        data["settings"]["maze_size"] = sizes
+        for point in data["history"]:
+            del point["sizes"]
+        save_weights(tensors, tmp_path / LAST, data)
+        settings = read_settings(tmp_path / LAST)[0]
+        assert settings.maze_size == found
+        run = load_checkpoint(tmp_path / LAST, settings, "cpu")
+        assert run.history == [point._replace(sizes={}) for point in expected.history]
+        assert all(isinstance(each, Measures) for each in expected.history[-1].sizes.values())
+        resumed = command(train.app, "--resume", tmp_path / LAST, "--out", tmp_path / "on")
+        assert resumed.exit_code == 0, resumed.stderr
+    with pytest.raises(ValueError, match="maze_size has no size"):
+        dataclasses.replace(TINY, maze_size=())
+
+
 def test_bad_options(checkpoint: Path, tmp_path: Path) -> None:
     assert "model is 'lstm'; it takes ctm" in refused(train.app, "--model", "lstm")
     assert "did you mean 'torch'" in refused(train.app, "--framework", "touch")
@@ -539,8 +709,12 @@ def test_bad_options(checkpoint: Path, tmp_path: Path) -> None:
     assert "lr is -1.0; it must be a number > 0" in refused(train.app, "--lr", -1)
     assert "batch_size is 0; it must be >= 1" in refused(train.app, "--batch_size", 0)
     tiny = (*options(TINY), "--device", "cpu")
-    assert "size of a maze is 8" in refused(train.app, *tiny, "--maze_size", 8)
-    assert "there are 20 mazes to train on" in refused(train.app, *tiny, "--batch_size", 21)
+    for sizes, bad in (((8,), 8), ((9, 3), 3), ((9, 11, 12), 12), ((9, -5), -5)):
+        assert f"maze_size is {bad}; it takes odd numbers >= 5" in refused(
+            train.app, *tiny, "--maze_size", *sizes
+        )
+    message = refused(train.app, *tiny, "--batch_size", 21)
+    assert "batch_size is 21 and there are 20 mazes of 7 x 7 pixels to train on" in message
     empty = tmp_path / "train"
     assert f"there is no folder {empty}" in refused(train.app, *tiny, "--data_root", tmp_path)
     empty.mkdir()
@@ -551,7 +725,8 @@ def test_bad_options(checkpoint: Path, tmp_path: Path) -> None:
     )
     data = checkpoint.parents[1] / "data"
     assert "already holds PNG files" in refused(generate.app, data)
-    assert "size of a maze is 4" in refused(generate.app, tmp_path, "--maze_size", 4)
+    assert "maze_size is 4" in refused(generate.app, tmp_path, "--maze_size", 9, 4)
+    assert "maze_size is 10" in refused(evaluate.app, checkpoint, "--maze_size", 10)
 
 
 def test_interrupt_saves(tmp_path: Path) -> None:
@@ -563,7 +738,7 @@ def test_interrupt_saves(tmp_path: Path) -> None:
         env=ENVIRONMENT,
     )
     assert process.stdout is not None
-    assert "20 mazes of 7 x 7 pixels to train on" in process.stdout.readline()
+    assert "20 mazes of 7 x 7, 9 x 9 pixels each to train on" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == INTERRUPTED, output
@@ -576,7 +751,7 @@ def test_interrupt_saves(tmp_path: Path) -> None:
     assert_same(tmp_path / "again.safetensors", tmp_path / LAST)
 
 
-def test_routes_end_with_waiting(mazes: tuple[Mazes, Mazes]) -> None:
-    routes = mazes[0].routes
+def test_routes_end_with_waiting(mazes: tuple[list[Mazes], list[Mazes]]) -> None:
+    routes = mazes[0][0].routes
     assert routes.shape == (20, TINY.maze_route_length)
     assert (routes[:, -1] == WAIT).any()

@@ -23,6 +23,7 @@ from ml_networks.tasks.mazes.data import (
     images_of,
     load_folder,
     save_folder,
+    size_of,
     solve,
     split,
 )
@@ -128,9 +129,9 @@ def test_no_held_out_maze_is_trained_on() -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 8, -5])
 def test_bad_sizes(size: int) -> None:
-    with pytest.raises(ValueError, match=f"is {size}; it takes an odd number >= 5"):
+    with pytest.raises(ValueError, match=f"^size is {size}; it takes odd numbers >= 5"):
         generate(1, size)
-    with pytest.raises(ValueError, match=f"is {size}; it takes an odd number >= 5"):
+    with pytest.raises(ValueError, match=f"^size is {size}; it takes odd numbers >= 5"):
         split(1, 1, size)
 
 
@@ -184,15 +185,29 @@ def test_folders(tmp_path: Path) -> None:
     mazes = generate(12, 9, seed=5, route_length=30)
     save_folder(mazes, tmp_path / "train")
     names = {f"{number}.png" for number in range(12)}
-    assert {path.name for path in (tmp_path / "train" / "0").iterdir()} == names
-    with Image.open(tmp_path / "train" / "0" / "3.png") as image:
+    assert {path.name for path in (tmp_path / "train" / "9x9").iterdir()} == names
+    with Image.open(tmp_path / "train" / "9x9" / "3.png") as image:
         assert image.mode == "RGB"
         assert (np.asarray(image) == COLOURS[mazes.pixels[3]]).all()
-    read = load_folder(tmp_path / "train", 30)
+    (read,) = load_folder(tmp_path / "train", 30)
     order = sorted(range(12), key=str)
     assert (read.pixels == mazes.pixels[order]).all()
     assert (read.routes == mazes.routes[order]).all()
-    assert (load_folder(tmp_path, 4).routes == mazes.routes[order][:, :4]).all()
+    assert (load_folder(tmp_path, 4)[0].routes == mazes.routes[order][:, :4]).all()
+
+
+def test_folders_of_several_sizes(tmp_path: Path) -> None:
+    """One size a folder, whatever its name; folders of the same size are one."""
+    parts = {"b": (11, 1), "a/0": (9, 2), "a": (21, 3), "c": (9, 4)}
+    for name, (size, seed) in parts.items():
+        for number, pixels in enumerate(generate(2, size, seed).pixels):
+            write(tmp_path / name / f"{number}.png", pixels)
+    read = load_folder(tmp_path, 30)
+    assert [size_of(mazes) for mazes in read] == ["9 x 9", "11 x 11", "21 x 21"]
+    expected = [generate(2, 9, 2, 30), generate(2, 9, 4, 30)]
+    assert (read[0].pixels == np.concatenate([mazes.pixels for mazes in expected])).all()
+    assert (read[0].routes == np.concatenate([mazes.routes for mazes in expected])).all()
+    assert (read[2].pixels == generate(2, 21, 3).pixels).all()
 
 
 def test_mazes_of_others(tmp_path: Path) -> None:
@@ -201,13 +216,13 @@ def test_mazes_of_others(tmp_path: Path) -> None:
     undrawn = np.where(pixels == SOLUTION, OPEN, pixels)
     write(tmp_path / "a" / "0.png", undrawn)
     Image.fromarray(COLOURS[pixels]).convert("P").save(tmp_path / "a" / "1.png")
-    assert load_folder(tmp_path / "a", 30).routes.tolist() == [route.tolist()] * 2
+    assert load_folder(tmp_path / "a", 30)[0].routes.tolist() == [route.tolist()] * 2
 
     detour = np.full((4, 6), WALL, dtype=np.uint8)
     detour[1, 1:5] = START, OPEN, OPEN, END
     detour[2, 1:5] = SOLUTION
     write(tmp_path / "b" / "0.png", detour)
-    assert load_folder(tmp_path / "b", 6).routes.tolist() == [[1, 3, 3, 3, 0, WAIT]]
+    assert load_folder(tmp_path / "b", 6)[0].routes.tolist() == [[1, 3, 3, 3, 0, WAIT]]
     detour[2, 1:5] = OPEN
     assert solve(detour) == [3, 3, 3]
 

@@ -25,12 +25,14 @@ __all__ = [
     "WAIT",
     "Mazes",
     "augment",
+    "check_size",
     "generate",
     "images_of",
     "import_pillow",
     "load_folder",
     "pad_route",
     "save_folder",
+    "size_of",
     "solve",
     "split",
 ]
@@ -71,6 +73,11 @@ class Mazes(NamedTuple):
     def take(self, chosen: Any) -> Mazes:
         """The mazes ``chosen``, by anything that indexes an array."""
         return Mazes(self.pixels[chosen], self.routes[chosen])
+
+
+def size_of(mazes: Mazes) -> str:
+    """Height and width in pixels, as in ``"9 x 9"``."""
+    return _size(mazes.pixels[0])
 
 
 def images_of(pixels: Pixels, expand_range: bool = True) -> NDArray[np.float32]:
@@ -188,9 +195,10 @@ def _carve(size: int, random: Random) -> tuple[Pixels, list[int]]:
     return pixels, steps
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int, name: str = "size") -> None:
+    """Raise ValueError for a size that no maze is made of; ``name`` is that of the argument."""
     if size < SMALLEST or size % 2 == 0:
-        raise ValueError(f"the size of a maze is {size}; it takes an odd number >= {SMALLEST}")
+        raise ValueError(f"{name} is {size}; it takes odd numbers >= {SMALLEST}, as in 19")
 
 
 def _stream(size: int, seed: str) -> Iterator[tuple[Pixels, list[int]]]:
@@ -219,7 +227,7 @@ def generate(number: int, size: int, seed: int = 0, route_length: int = ROUTE_LE
     ValueError
         For a size that is even or too small.
     """
-    _check_size(size)
+    check_size(size)
     stream = _stream(size, str(seed))
     return _gather([next(stream) for _ in range(number)], size, route_length)
 
@@ -240,7 +248,7 @@ def split(
     ValueError
         For a bad size, or one that has too few different mazes.
     """
-    _check_size(size)
+    check_size(size)
     stream = _stream(size, f"{seed} test")
     test = [next(stream) for _ in range(held_out)]
     unseen = {image for maze, _ in test for image in _symmetries(maze)}
@@ -297,21 +305,23 @@ def import_pillow() -> Any:
 
 
 def save_folder(mazes: Mazes, folder: Path) -> None:
-    """Write mazes as ``folder/0/<number>.png``, with their solutions in blue."""
+    """Write mazes as ``folder/<height>x<width>/<number>.png``, with their solutions in blue."""
     image = import_pillow()
+    folder = folder / "x".join(map(str, mazes.pixels.shape[1:]))
     for number, maze in enumerate(mazes.pixels):
         content = io.BytesIO()
         image.fromarray(COLOURS[maze]).save(content, format="PNG")
-        write_atomically(folder / "0" / f"{number}.png", content.getvalue())
+        write_atomically(folder / f"{number}.png", content.getvalue())
 
 
-def load_folder(folder: Path, route_length: int = ROUTE_LENGTH) -> Mazes:
-    """Read every PNG file under a folder, sorted by path.
+def load_folder(folder: Path, route_length: int = ROUTE_LENGTH) -> list[Mazes]:
+    """Read every PNG file under a folder: the mazes of each size, the smallest first, by path.
 
     Parameters
     ----------
     folder
-        Searched with its subfolders, so ``train/0/0.png`` is found from ``train``.
+        Searched with its subfolders, so ``train/0/0.png`` is found from ``train``. The files
+        side by side in one folder are of one size.
     route_length
         Steps a route is cut or padded to.
 
@@ -320,8 +330,8 @@ def load_folder(folder: Path, route_length: int = ROUTE_LENGTH) -> Mazes:
     FileNotFoundError
         If there is no such folder, or no PNG file in it.
     ValueError
-        If a file is no maze, has no route, or is not of the size of the first; the message names
-        the file.
+        If a file is no maze, has no route, or is not of the size of the first beside it; the
+        message names the file.
     ModuleNotFoundError
         If pillow is not installed.
     """
@@ -331,8 +341,8 @@ def load_folder(folder: Path, route_length: int = ROUTE_LENGTH) -> Mazes:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
         raise FileNotFoundError(f"there are no PNG files in {folder}")
-    pixels: list[Pixels] = []
-    routes: list[Routes] = []
+    read: dict[tuple[int, ...], list[tuple[Pixels, Routes]]] = {}
+    beside: dict[Path, tuple[Path, Pixels]] = {}
     for path in paths:
         try:
             with image.open(path) as file:
@@ -346,17 +356,21 @@ def load_folder(folder: Path, route_length: int = ROUTE_LENGTH) -> Mazes:
                 f"{path} is not a maze: pixel ({row}, {column}) is "
                 f"{tuple(colours[row, column].tolist())}, none of black, white, red, green, blue"
             )
-        if pixels and kinds.shape != pixels[0].shape:
+        first, other = beside.setdefault(path.parent, (path, kinds))
+        if kinds.shape != other.shape:
             raise ValueError(
-                f"{path} has {_size(kinds)} pixels and {paths[0]} {_size(pixels[0])}: all mazes "
-                "of a folder must have one size"
+                f"{path} has {_size(kinds)} pixels and {first} {_size(other)}: all mazes "
+                "of a folder must have one size; give each size a folder of its own"
             )
         try:
-            routes.append(pad_route(solve(kinds), route_length))
+            route = pad_route(solve(kinds), route_length)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
-        pixels.append(kinds)
-    return Mazes(np.stack(pixels), np.stack(routes))
+        read.setdefault(kinds.shape, []).append((kinds, route))
+    return [
+        Mazes(*(np.stack(arrays) for arrays in zip(*read[shape], strict=True)))
+        for shape in sorted(read)
+    ]
 
 
 def _size(pixels: Pixels) -> str:

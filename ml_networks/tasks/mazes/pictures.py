@@ -20,44 +20,78 @@ from ml_networks.tasks.mazes.data import (
     START,
     STEPS,
     WAIT,
-    Mazes,
     Pixels,
     Routes,
     import_pillow,
 )
-from ml_networks.tasks.mazes.learner import DynamicWeights, Measures, Thoughts
+from ml_networks.tasks.mazes.learner import DynamicWeights, Example, Scores
 from ml_networks.tasks.mazes.run import Point
 
 RIGHT_STEPS, WRONG_STEPS = "#1f77b4", "#e6550d"
 CONSTANT = "#7f7f7f"
 LOOKED_AT = (0.85, 0.1, 0.55)
 FRAME_MS, LAST_FRAME_MS = 250, 2500
+ACCURACIES = {"per_step": "all steps", "on_route": "steps on the route", "solved": "whole mazes"}
+"""What is drawn of measures, and what it is called."""
 
 
-def save_learning_curves(history: Sequence[Point], constant: Measures, path: Path) -> None:
-    """Draw loss and accuracies over the steps; dashed, the best answer that never changes."""
-    picture = figure(9.5, 3.6)
-    left, right = picture.subplots(1, 2)
+def save_learning_curves(history: Sequence[Point], constant: Scores, path: Path) -> None:
+    """Draw loss and accuracies over the steps; dashed, the best answer that never changes.
+
+    Of mazes of several sizes a third part has the steps on the route of each size.
+    """
+    several = len(history[-1].sizes) > 1
+    picture = figure(14 if several else 9.5, 3.6)
+    left, right, *more = picture.subplots(1, 3 if several else 2)
     steps = [point.step for point in history]
     left.plot(steps, [point.loss for point in history], marker=".", label="training")
     left.plot(steps, [point.held_out_loss for point in history], marker=".", label="held out")
     left.set(xlabel="step", ylabel="maze loss, nats")
-    for name, label in (
-        ("per_step", "all steps"),
-        ("on_route", "steps on the route"),
-        ("solved", "whole mazes"),
-    ):
+    for name, label in ACCURACIES.items():
         values = [100 * getattr(point, name) for point in history]
         (line,) = right.plot(steps, values, marker=".", label=label)
-        right.axhline(
-            100 * getattr(constant, name), color=line.get_color(), linestyle="--", linewidth=1
-        )
-    right.plot([], [], color=CONSTANT, linestyle="--", linewidth=1, label="best constant answer")
+        least = 100 * getattr(constant.overall, name)
+        right.axhline(least, color=line.get_color(), linestyle="--", linewidth=1)
     right.set(xlabel="step", ylabel="right on held-out mazes, %", ylim=(-3, 103))
-    for axes in (left, right):
-        axes.grid(visible=True, alpha=0.25)
+    for axes in more:
+        for size in history[-1].sizes:
+            points = [point for point in history if size in point.sizes]
+            values = [100 * point.sizes[size].on_route for point in points]
+            axes.plot([point.step for point in points], values, marker=".", label=size)
+        least = 100 * constant.overall.on_route
+        axes.axhline(least, color=CONSTANT, linestyle="--", linewidth=1)
+        axes.set(xlabel="step", ylabel="steps on the route, %", ylim=(-3, 103))
+    for axes in (right, *more):
+        axes.plot(
+            [], [], color=CONSTANT, linestyle="--", linewidth=1, label="best constant answer"
+        )
+        axes.legend(fontsize=8)
     left.legend()
-    right.legend(fontsize=8)
+    for axes in (left, right, *more):
+        axes.grid(visible=True, alpha=0.25)
+    save_figure(picture, path)
+
+
+def save_sizes(found: Scores, constant: Scores, path: Path) -> None:
+    """Draw what answers to mazes of each size are worth, beside the best constant answer."""
+    picture = figure(9.5, 2.9)
+    places = np.arange(len(found.sizes))
+    grid = picture.subplots(1, len(ACCURACIES), sharey=True)
+    for axes, (name, label) in zip(grid, ACCURACIES.items(), strict=True):
+        for scores, shift, colour, who in (
+            (found, -0.2, RIGHT_STEPS, "the model"),
+            (constant, 0.2, CONSTANT, "best constant answer"),
+        ):
+            values = [100 * getattr(scores.sizes[size], name) for size in found.sizes]
+            bars = axes.bar(places + shift, values, 0.4, color=colour, label=who)
+            axes.bar_label(bars, fmt="%.0f", fontsize=7)
+        axes.set_title(label, fontsize=10)
+        axes.set_xticks(places, list(found.sizes), fontsize=8)
+        axes.set(ylim=(0, 108), xlabel="pixels of a maze")
+        axes.grid(visible=True, axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+    grid[0].set_ylabel("right on held-out mazes, %")
+    grid[-1].legend(fontsize=8)
     save_figure(picture, path)
 
 
@@ -89,22 +123,23 @@ def _beginning(answer: Routes, route: Routes) -> int:
 class _RouteLines:
     """A predicted route over a maze: its right beginning, and what follows the first mistake."""
 
-    def __init__(self, axes: Any, maze: Pixels, route: Routes, width: float = 2.5) -> None:
-        self.maze, self.route = maze, route
+    def __init__(self, axes: Any, example: Example, width: float = 2.5) -> None:
+        self.example = example
         style = {"linewidth": width, "solid_capstyle": "round", "solid_joinstyle": "round"}
         (self.wrong,) = axes.plot([], [], color=WRONG_STEPS, alpha=0.75, **style)
         (self.right,) = axes.plot([], [], color=RIGHT_STEPS, **style)
 
-    def draw(self, answer: Routes) -> int:
-        """Draw an answer; return the steps on the route that it starts with."""
-        places = _path(self.maze, answer)
-        right = _beginning(answer, self.route)
+    def draw(self, tick: int) -> int:
+        """Draw a tick's answer; return the steps on the route that it starts with."""
+        answer, route = self.example.answers[tick], self.example.route
+        places = _path(self.example.pixels, answer)
+        right = _beginning(answer, route)
         self.right.set_data(*places[: right + 1].T)
         self.wrong.set_data(*places[right:].T)
-        return min(right, int((self.route != WAIT).sum()))
+        return min(right, int((route != WAIT).sum()))
 
 
-def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
+def save_routes(examples: Sequence[Example], path: Path) -> None:
     """Draw the predicted routes over the mazes tick by tick, into an animated GIF.
 
     The right beginning of each route is blue, what follows the first mistake orange; below runs
@@ -113,18 +148,16 @@ def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     pillow = import_pillow()
-    n, ticks = len(mazes.pixels), thoughts.certainties.shape[-1]
+    n, ticks = len(examples), len(examples[0].certainty)
     picture = figure(2.3 * n, 3.5, dpi=100)
     canvas = FigureCanvasAgg(picture)
     grid = picture.subplots(2, n, squeeze=False, height_ratios=[4, 1])
     lines, dots = [], []
-    certainties = thoughts.certainties[:, 1]
-    for column, (maze, route) in enumerate(zip(mazes.pixels, mazes.routes, strict=True)):
-        above, below = grid[:, column]
-        _show_maze(above, maze)
-        lines.append(_RouteLines(above, maze, route))
-        below.plot(range(1, ticks + 1), certainties[column], color=CONSTANT, linewidth=1.2)
-        answered_at = 1 + int(certainties[column].argmax())
+    for (above, below), example in zip(grid.T, examples, strict=True):
+        _show_maze(above, example.pixels)
+        lines.append(_RouteLines(above, example))
+        below.plot(range(1, ticks + 1), example.certainty, color=CONSTANT, linewidth=1.2)
+        answered_at = 1 + int(example.certainty.argmax())
         below.axvline(answered_at, color=RIGHT_STEPS, linewidth=1.5, alpha=0.6)
         (dot,) = below.plot([], [], marker="o", color="black", markersize=5)
         dots.append(dot)
@@ -138,13 +171,12 @@ def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
     picture.set_layout_engine("none")  # so that nothing moves from frame to frame
 
     frames = []
-    answers = thoughts.routes
     for tick in range(ticks):
         heading.set_text(f"tick {tick + 1} of {ticks}")
-        for number in range(n):
-            right = lines[number].draw(answers[number, tick])
-            dots[number].set_data([tick + 1], [certainties[number, tick]])
-            length = int((mazes.routes[number] != WAIT).sum())
+        for number, example in enumerate(examples):
+            right = lines[number].draw(tick)
+            dots[number].set_data([tick + 1], [example.certainty[tick]])
+            length = int((example.route != WAIT).sum())
             titles[number].set_text(f"{right} of {length} steps")
         canvas.draw()
         frames.append(pillow.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
@@ -163,35 +195,33 @@ def save_routes(mazes: Mazes, thoughts: Thoughts, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def save_attention(mazes: Mazes, thoughts: Thoughts, path: Path, columns: int = 8) -> None:
+def save_attention(examples: Sequence[Example], path: Path, columns: int = 8) -> None:
     """Draw where the model looks: one row a maze, ticks from left to right, heads averaged.
 
     The darker a place, the further its weight is above the even one of 1 / positions.
     """
-    n, ticks = thoughts.attention.shape[:2]
-    height, width = mazes.pixels.shape[1:]
-    rows = _rows(thoughts.attention.shape[-1], height, width)
-    weights = thoughts.attention.mean(2).reshape(n, ticks, rows, -1)
-    above = (weights * weights[0, 0].size - 1).clip(min=0)
+    ticks = len(examples[0].attention)
     shown = np.unique(np.linspace(0, ticks - 1, min(columns, ticks)).round().astype(int))
-    picture = figure(1.45 * len(shown) + 0.4, 1.5 * n + 0.3)
-    grid = picture.subplots(n, len(shown), squeeze=False)
-    answers = thoughts.routes
-    for number in range(n):
-        top = max(above[number].max(), 2.0)  # attention that is almost even stays faint
-        for column, tick in enumerate(shown):
-            axes = grid[number, column]
-            _show_maze(axes, mazes.pixels[number], alpha=0.35)
+    picture = figure(1.45 * len(shown) + 0.4, 1.5 * len(examples) + 0.3)
+    grid = picture.subplots(len(examples), len(shown), squeeze=False)
+    for line, example in zip(grid, examples, strict=True):
+        height, width = example.pixels.shape
+        weights = example.attention.mean(1)
+        rows = _rows(weights.shape[-1], height, width)
+        weights = weights.reshape(ticks, rows, -1)
+        above = (weights * weights[0].size - 1).clip(min=0)
+        top = max(above.max(), 2.0)  # attention that is almost even stays faint
+        for axes, tick in zip(line, shown, strict=True):
+            _show_maze(axes, example.pixels, alpha=0.35)
             axes.imshow(
-                np.full((rows, weights.shape[-1], 3), LOOKED_AT),
-                alpha=0.85 * above[number, tick] / top,
+                np.full((*weights.shape[1:], 3), LOOKED_AT),
+                alpha=0.85 * above[tick] / top,
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 interpolation="nearest",
             )
-            lines = _RouteLines(axes, mazes.pixels[number], mazes.routes[number], width=1.2)
-            lines.draw(answers[number, tick])
-            if number == 0:
-                axes.set_title(f"tick {tick + 1}", fontsize=9)
+            _RouteLines(axes, example, width=1.2).draw(tick)
+    for axes, tick in zip(grid[0], shown, strict=True):
+        axes.set_title(f"tick {tick + 1}", fontsize=9)
     save_figure(picture, path)
 
 
@@ -202,28 +232,26 @@ def _rows(positions: int, height: int, width: int) -> int:
     return min(fitting, key=lambda rows: abs(rows - wanted))
 
 
-def save_certainty(mazes: Mazes, thoughts: Thoughts, path: Path, examples: int = 12) -> None:
-    """Draw certainty and accuracy over the ticks: their means, and a few mazes' certainty."""
-    certainties = thoughts.certainties[:, 1]
+def save_certainty(examples: Sequence[Example], path: Path, drawn: int = 12) -> None:
+    """Draw certainty and accuracy over the ticks: their means, and ``drawn`` mazes' certainty."""
+    certainties = np.stack([example.certainty for example in examples])
+    routes = np.stack([example.route for example in examples])
     ticks = np.arange(1, certainties.shape[-1] + 1)
-    right = thoughts.routes == mazes.routes[:, None]
-    under_way = mazes.routes != WAIT
+    right = np.stack([example.answers for example in examples]) == routes[:, None]
+    under_way = routes != WAIT
     on_route = (right & under_way[:, None]).sum((0, 2)) / under_way.sum()
+    # Of all that there are, so that every size is among them.
+    chosen = np.linspace(0, len(examples) - 1, min(drawn, len(examples))).astype(int)
     picture = figure(9.5, 3.6)
     left, middle = picture.subplots(1, 2)
-    left.plot(ticks, certainties[:examples].T, color=CONSTANT, linewidth=0.7, alpha=0.6)
-    left.plot(
-        [], [], color=CONSTANT, linewidth=0.7, label=f"{min(examples, len(certainties))} mazes"
-    )
+    left.plot(ticks, certainties[chosen].T, color=CONSTANT, linewidth=0.7, alpha=0.6)
+    left.plot([], [], color=CONSTANT, linewidth=0.7, label=f"{len(chosen)} mazes")
     left.plot(
         ticks, certainties.mean(0), color="black", linewidth=2, label=f"mean of {len(certainties)}"
     )
     left.set(xlabel="tick", ylabel="certainty", ylim=(0, 1.03))
-    for values, label in (
-        (right.mean((0, 2)), "all steps"),
-        (on_route, "steps on the route"),
-        (right.all(2).mean(0), "whole mazes"),
-    ):
+    over_ticks = (right.mean((0, 2)), on_route, right.all(2).mean(0))
+    for values, label in zip(over_ticks, ACCURACIES.values(), strict=True):
         middle.plot(ticks, 100 * values, marker=".", label=label)
     middle.set(xlabel="tick", ylabel="right on held-out mazes, %", ylim=(-3, 103))
     for axes in (left, middle):
@@ -232,12 +260,14 @@ def save_certainty(mazes: Mazes, thoughts: Thoughts, path: Path, examples: int =
     save_figure(picture, path)
 
 
-def save_dynamic_weights(weights: Mapping[str, DynamicWeights], path: Path) -> None:
+def save_dynamic_weights(
+    weights: Mapping[str, DynamicWeights], path: Path, drawn: int = 16
+) -> None:
     """Draw the dynamic weights ``g U V^T`` of each hyper layer over the ticks.
 
-    One column a layer, in the order in which the state passes them. From above: the gate g of each
-    maze; the norm of the dynamic weights relative to that of the layer's own; how alike, as a
-    cosine, those of every two ticks are, for the first maze.
+    One column a layer, in the order in which the state passes them. From above, of the first
+    ``drawn`` mazes: the gate g; the norm of the dynamic weights relative to that of the layer's
+    own; how alike, as a cosine, those of every two ticks are, for the first maze alone.
     """
     names = sorted(weights, key=_depth)
     lowest = min(layer.similarity[0].min() for layer in weights.values())
@@ -247,7 +277,9 @@ def save_dynamic_weights(weights: Mapping[str, DynamicWeights], path: Path) -> N
     for column, name in enumerate(names):
         layer = weights[name]
         ticks = np.arange(1, layer.gate.shape[1] + 1)
-        for axes, values in zip(grid[:2, column], (layer.gate, layer.strength), strict=True):
+        for axes, values in zip(
+            grid[:2, column], (layer.gate[:drawn], layer.strength[:drawn]), strict=True
+        ):
             axes.plot(ticks, values.T, color=RIGHT_STEPS, linewidth=0.6, alpha=0.4)
             axes.plot(ticks, values.mean(0), color="black", linewidth=1.5)
             axes.grid(visible=True, alpha=0.25)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +12,8 @@ import numpy as np
 from rich.progress import Progress
 
 from ml_networks.io import load_weights, save_weights
-from ml_networks.tasks.mazes.data import Mazes, augment, load_folder, split
-from ml_networks.tasks.mazes.learner import Learner, evaluate
+from ml_networks.tasks.mazes.data import Mazes, augment, load_folder, size_of, split
+from ml_networks.tasks.mazes.learner import Learner, Measures, evaluate
 from ml_networks.tasks.mazes.settings import Settings
 from ml_networks.tasks.program import pick_device, pick_jax_device
 
@@ -23,7 +23,8 @@ LAST = "last.safetensors"
 
 class Point(NamedTuple):
     """Where a run stood after ``step`` steps: the mean loss in nats of the training steps since
-    the point before, what held-out mazes said, and the seconds since the run's beginning."""
+    the point before, what held-out mazes said, all of them and those of each size, and the seconds
+    since the run's beginning."""
 
     step: int
     loss: float
@@ -32,6 +33,12 @@ class Point(NamedTuple):
     on_route: float
     solved: float
     seconds: float
+    sizes: dict[str, Measures]
+
+    @property
+    def measures(self) -> Measures:
+        """What all held-out mazes said."""
+        return Measures(self.held_out_loss, self.per_step, self.on_route, self.solved)
 
 
 class Stop(Protocol):
@@ -52,8 +59,8 @@ def make_learner(settings: Settings, device: str | None = None) -> Learner:
     return TorchLearner(settings, pick_device(device))
 
 
-def load_held_out(settings: Settings) -> Mazes:
-    """The mazes that a run of these settings is tested on, and never trained on.
+def load_held_out(settings: Settings) -> list[Mazes]:
+    """The mazes of each size that a run of these settings is tested on, and never trained on.
 
     Raises
     ------
@@ -65,13 +72,13 @@ def load_held_out(settings: Settings) -> Mazes:
     return _made(settings, 0)[1]
 
 
-def load_mazes(settings: Settings) -> tuple[Mazes, Mazes]:
-    """The mazes to train on and those held out: made, or read from ``data_root``.
+def load_mazes(settings: Settings) -> tuple[list[Mazes], list[Mazes]]:
+    """The mazes of each size to train on and those held out: made, or read from ``data_root``.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        For folders without mazes, bad files, bad sizes, fewer mazes than a batch.
+        For folders without mazes, bad files, bad sizes, fewer mazes of a size than a batch.
     """
     if settings.data_root:
         folder = Path(settings.data_root) / "train"
@@ -79,17 +86,19 @@ def load_mazes(settings: Settings) -> tuple[Mazes, Mazes]:
         held_out = load_held_out(settings)
     else:
         training, held_out = _made(settings, settings.training_mazes)
-    if len(training.routes) < settings.batch_size:
-        raise ValueError(
-            f"batch_size is {settings.batch_size} and there are {len(training.routes)} mazes to "
-            "train on"
-        )
+    for mazes in training:
+        if len(mazes.routes) < settings.batch_size:
+            raise ValueError(
+                f"batch_size is {settings.batch_size} and there are {len(mazes.routes)} mazes of "
+                f"{size_of(mazes)} pixels to train on"
+            )
     return training, held_out
 
 
-def _made(settings: Settings, training: int) -> tuple[Mazes, Mazes]:
-    held_out, size = settings.test_mazes, settings.maze_size
-    return split(training, held_out, size, settings.seed, settings.maze_route_length)
+def _made(settings: Settings, training: int) -> tuple[list[Mazes], list[Mazes]]:
+    held_out, seed, length = settings.test_mazes, settings.seed, settings.maze_route_length
+    made = [split(training, held_out, size, seed, length) for size in settings.maze_size]
+    return [train for train, _ in made], [test for _, test in made]
 
 
 class Run:
@@ -102,25 +111,29 @@ class Run:
         self.history: list[Point] = []
         self.seconds = 0.0
 
-    def batch(self, training: Mazes) -> Mazes:
-        """The mazes of the next step, which seed and step alone decide.
+    def batch(self, training: Sequence[Mazes]) -> Mazes:
+        """The mazes of the next step, all of one size, which seed and step alone decide.
 
-        In an epoch every maze comes once, turned and mirrored at random; what is left over after
-        the last whole batch waits for another epoch.
+        In an epoch every maze comes once, turned and mirrored at random, and the batches of all
+        sizes in random order; what is left over after a size's last whole batch waits for another
+        epoch.
         """
-        settings = self.settings
-        per_epoch = len(training.routes) // settings.batch_size
-        epoch, position = divmod(self.step, per_epoch)
-        order = np.random.default_rng([settings.seed, epoch]).permutation(len(training.routes))
-        first = position * settings.batch_size
-        chosen = training.take(order[first : first + settings.batch_size])
-        return augment(chosen, np.random.default_rng([settings.seed, self.step, 1]))
+        seed, batch_size = self.settings.seed, self.settings.batch_size
+        batches = [len(mazes.routes) // batch_size for mazes in training]
+        epoch, position = divmod(self.step, sum(batches))
+        turns = np.repeat(np.arange(len(training)), batches)
+        turns = np.random.default_rng([seed, epoch, 2]).permutation(turns)
+        mazes = training[turns[position]]
+        before = int((turns[:position] == turns[position]).sum())
+        order = np.random.default_rng([seed, epoch]).permutation(len(mazes.routes))
+        chosen = mazes.take(order[before * batch_size : (before + 1) * batch_size])
+        return augment(chosen, np.random.default_rng([seed, self.step, 1]))
 
 
 def fit(
     run: Run,
-    training: Mazes,
-    held_out: Mazes,
+    training: Sequence[Mazes],
+    held_out: Sequence[Mazes],
     stop: Stop,
     out: Path,
     report: Callable[[Point], None],
@@ -132,18 +145,28 @@ def fit(
     """
     settings = run.settings
     started = time.monotonic() - run.seconds
-    task = bar.add_task("training", total=settings.training_iterations, completed=run.step)
+    task = bar.add_task("", total=settings.training_iterations, completed=run.step)
+
+    def say(text: str) -> None:
+        bar.update(task, description=text)
+
+    # JAX compiles for each size, which takes far longer than a step.
+    not_compiled = {size_of(mazes) for mazes in training} if settings.framework == "jax" else set()
     while run.step < settings.training_iterations:
-        run.learner.step(run.batch(training), run.step)
+        mazes = run.batch(training)
+        size = size_of(mazes)
+        say(f"compiling for {size} pixels" if size in not_compiled else "training")
+        run.learner.step(mazes, run.step)
+        not_compiled.discard(size)
         run.step += 1
         bar.update(task, completed=run.step)
         last = run.step == settings.training_iterations
         if last or run.step % settings.evaluate_every == 0:
             since = run.history[-1].step if run.history else 0
             loss = run.learner.take_losses() / (run.step - since)
-            measures = evaluate(run.learner, held_out)
+            measures, sizes = evaluate(run.learner, held_out, say)
             run.seconds = time.monotonic() - started
-            run.history.append(Point(run.step, loss, *measures, run.seconds))
+            run.history.append(Point(run.step, loss, *measures, run.seconds, sizes))
             report(run.history[-1])
         if stop.is_set():
             break
@@ -186,6 +209,13 @@ def read_settings(path: Path) -> tuple[Settings, dict[str, Any]]:
         raise ValueError(f"{path} is not a whole checkpoint of {PROGRAM}: {error}") from error
 
 
+def _point(sizes: dict[str, list[float]] | None = None, **point: Any) -> Point:
+    """A point of a checkpoint's history; before there were several sizes it had none."""
+    return Point(
+        sizes={size: Measures(*values) for size, values in (sizes or {}).items()}, **point
+    )
+
+
 def load_checkpoint(path: Path, settings: Settings, device: str | None = None) -> Run:
     """The run that :func:`save_checkpoint` wrote, going on with ``settings``.
 
@@ -201,7 +231,7 @@ def load_checkpoint(path: Path, settings: Settings, device: str | None = None) -
             load_weights(path, "numpy" if settings.framework == "jax" else "torch")[0]
         )
         run.step, run.seconds = metadata["step"], metadata["seconds"]
-        run.history = [Point(**point) for point in metadata["history"]]
+        run.history = [_point(**point) for point in metadata["history"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole checkpoint of {PROGRAM}: {error}") from error
     if run.step > settings.training_iterations:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from ml_networks._compat import did_you_mean
 from ml_networks.config import (
     ContinuousThoughtMachineConfig,
     HyperContinuousThoughtMachineConfig,
 )
-from ml_networks.tasks.mazes.data import CLASSES, ROUTE_LENGTH
+from ml_networks.tasks.mazes.data import CLASSES, ROUTE_LENGTH, check_size
 from ml_networks.tasks.program import FRAMEWORKS
 
 MAY_CHANGE = ("data_root", "training_iterations", "evaluate_every", "save_every")
@@ -24,6 +26,28 @@ MAY_CHANGE = ("data_root", "training_iterations", "evaluate_every", "save_every"
 
 SPELLING = {"token_normalize_func": lambda name: name.replace("-", "_")}
 """For a command whose options are spelt with underscores: dashes are understood too."""
+
+SIZES = "Pixels a side of mazes that are made; odd; several as in --maze_size 9 11 13."
+
+
+class WithSizes(TyperCommand):
+    """A command that takes every whole number after ``--maze_size`` as a size."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the option's name before each number from the second on, as click asks for."""
+        spread: list[str] = []
+        sizes: int | None = None  # how many came since the option, None outside of it
+        for argument in args:
+            name, separator, _ = argument.partition("=")
+            if name.replace("-", "_") == "__maze_size":
+                sizes = len(separator)
+            elif sizes is not None and re.fullmatch(r"-?\d+", argument):
+                spread += ["--maze_size"] * (sizes > 0)
+                sizes += 1
+            else:
+                sizes = None
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
 
 
 @dataclass(frozen=True)
@@ -70,11 +94,13 @@ class Settings:
         int, "Steps beyond the longest right beginning that the loss looks at."
     ] = 5
     data_root: Annotated[str, "Folder with train/ and test/; empty: make mazes."] = ""
-    maze_size: Annotated[int, "Pixels a side of mazes that are made; odd."] = 19
-    training_mazes: Annotated[int, "Mazes made to train on."] = 50_000
-    test_mazes: Annotated[int, "Mazes made to test on, none of them among the others."] = 1_000
+    maze_size: Annotated[tuple[int, ...], SIZES] = (19,)
+    training_mazes: Annotated[int, "Mazes of each size made to train on."] = 50_000
+    test_mazes: Annotated[
+        int, "Mazes of each size made to test on, none of them among the others."
+    ] = 1_000
     training_iterations: Annotated[int, "Optimizer steps."] = 100_000
-    batch_size: Annotated[int, "Mazes a step."] = 64
+    batch_size: Annotated[int, "Mazes a step, all of one size."] = 64
     lr: Annotated[float, "Highest learning rate of AdamW."] = 1e-4
     warmup_steps: Annotated[int, "Steps up to it, before a cosine down to 0."] = 5_000
     weight_decay: Annotated[float, "Of AdamW."] = 0.0
@@ -85,6 +111,12 @@ class Settings:
     seed: Annotated[int, "Of weights, mazes, batches and dropout."] = 0
 
     def __post_init__(self) -> None:
+        # A checkpoint has a list, one of a single size may have just that number.
+        object.__setattr__(self, "maze_size", _in_order(self.maze_size))
+        if not self.maze_size:
+            raise ValueError("maze_size has no size; it takes odd numbers, as in 9 11 13")
+        for size in self.maze_size:
+            check_size(size, "maze_size")
         for name, allowed in (("model", ("ctm",)), ("framework", FRAMEWORKS)):
             value = getattr(self, name)
             if value not in allowed:
@@ -141,6 +173,11 @@ class Settings:
         return self.lr * (1 + math.cos(math.pi * (step - self.warmup_steps) / rest)) / 2
 
 
+def _in_order(sizes: int | Iterable[int]) -> tuple[int, ...]:
+    """Each size once, the smallest first."""
+    return tuple(sorted({sizes} if isinstance(sizes, int) else set(sizes)))
+
+
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each of the settings: ``--d_model`` for ``d_model``.
 
@@ -152,9 +189,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for field in dataclasses.fields(Settings):
         kind, text = get_args(hints[field.name])
         names = f"--{field.name}" + (f"/--no-{field.name}" if kind is bool else "")
-        shown = str(field.default) if field.default not in (None, "") else False
-        option = typer.Option(names, help=text, show_default=shown)
-        if get_origin(kind) is None:
+        shown = "" if field.default is None else _written(field.default)
+        if kind == tuple[int, ...]:
+            kind = list[int]
+        option = typer.Option(names, help=text, show_default=shown or False)
+        if type(None) not in get_args(kind):
             kind = kind | None
         options.append(
             inspect.Parameter(
@@ -174,6 +213,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _written(value: Any) -> str:
+    """A setting's value as the command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def resumed(stored: Settings, given: dict[str, Any], path: object) -> Settings:
     """The settings that a checkpoint goes on with, where ``given`` were asked for.
 
@@ -183,10 +227,13 @@ def resumed(stored: Settings, given: dict[str, Any], path: object) -> Settings:
         If another value was asked for of a setting that cannot change; it names the first.
     """
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != getattr(stored, name):
+        known, asked = getattr(stored, name), value
+        if name == "maze_size":
+            asked = _in_order(value)
+        if name not in MAY_CHANGE and asked != known:
             raise ValueError(
-                f"{path} was trained with {name} = {getattr(stored, name)} and cannot go on with "
-                f"{value}; leave that option out"
+                f"{path} was trained with {name} = {_written(known)} and cannot go on with "
+                f"{_written(asked)}; leave that option out"
             )
     return dataclasses.replace(
         stored, **{name: value for name, value in given.items() if name in MAY_CHANGE}

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ml_networks.tasks.mazes.learner import Measures, best_constant, table
+from ml_networks.tasks.mazes.learner import Scores, best_constant, counted, table
 from ml_networks.tasks.mazes.pictures import save_learning_curves
 from ml_networks.tasks.mazes.run import (
     LAST,
@@ -29,7 +29,13 @@ from ml_networks.tasks.mazes.run import (
     model_weights,
     read_settings,
 )
-from ml_networks.tasks.mazes.settings import SPELLING, Settings, resumed, with_settings
+from ml_networks.tasks.mazes.settings import (
+    SPELLING,
+    Settings,
+    WithSizes,
+    resumed,
+    with_settings,
+)
 from ml_networks.tasks.program import INTERRUPTED, progress_bar, refuse, stop_on_interrupt
 
 CURVES = "learning-curves.png"
@@ -39,7 +45,7 @@ console = Console(width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(add_completion=False, context_settings=SPELLING)
 
 
-@app.command()
+@app.command(cls=WithSizes)
 @with_settings
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint and curves.")] = Path(
@@ -63,12 +69,12 @@ def main(
             out.mkdir(parents=True, exist_ok=True)
         except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
             refuse(error)
-        constant = best_constant(held_out.routes)
-        side = " x ".join(map(str, training.pixels.shape[1:]))
+        constant = best_constant(held_out)
         console.print(
-            f"{run.learner.parameters:,} parameters; {len(training.routes):,} mazes of {side} "
-            f"pixels to train on, {len(held_out.routes):,} held out",
+            f"{run.learner.parameters:,} parameters; {counted(training)} to train on, "
+            f"{counted(held_out)} held out",
             highlight=False,
+            soft_wrap=True,
         )
         used = time.process_time()
         with progress_bar(console) as bar:
@@ -101,22 +107,25 @@ def start(
 def show(run: Run, point: Point) -> None:
     """One line: the loss, and what the held-out mazes say."""
     steps = run.settings.training_iterations
+    sizes = ""
+    if len(point.sizes) > 1:
+        sizes = ", ".join(f"{size} {each.on_route:.0%}" for size, each in point.sizes.items())
+        sizes = f" ({sizes})"
     console.print(
         f"step {point.step:>{len(str(steps))}}/{steps}  loss {point.loss:.3f}  held out: loss "
         f"{point.held_out_loss:.3f}  per step {point.per_step:.1%}  on the route "
-        f"{point.on_route:.1%}  solved {point.solved:.1%}  {point.seconds:.0f} s",
+        f"{point.on_route:.1%}{sizes}  solved {point.solved:.1%}  {point.seconds:.0f} s",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def report(run: Run, constant: Measures, out: Path, used: float, *, done: bool) -> None:
+def report(run: Run, constant: Scores, out: Path, used: float, *, done: bool) -> None:
     """What came of it, beside the best answer that is the same for every maze."""
     lines = []
     if run.history:
         last = run.history[-1]
-        reached = Measures(last.held_out_loss, last.per_step, last.on_route, last.solved)
-        lines.append(table(reached, constant))
+        lines.append(table(Scores(last.measures, last.sizes), constant))
         save_learning_curves(run.history, constant, out / CURVES)
     lines.append(f"time               {run.seconds:.0f} s, {used:.0f} s of a processor")
     lines.append(f"saved              {out / LAST}" + (f", {out / CURVES}" if run.history else ""))
