@@ -42,6 +42,7 @@ from ml_networks.tasks.mazes.run import (
     model_weights,
     read_settings,
     save_checkpoint,
+    turns,
 )
 from ml_networks.tasks.mazes.settings import Settings
 from ml_networks.tasks.mazes.torch_learner import TorchLearner, dynamic_weights, maze_loss
@@ -273,10 +274,10 @@ def test_it_learns() -> None:
 def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 8 from 20 mazes are an epoch, in which no maze comes twice."""
     numbered = Mazes(np.zeros((20, 3, 3), np.uint8), np.arange(20)[:, None])
-    turns = []
+    drawn = []
 
     def unturned(mazes: Mazes, random: np.random.Generator) -> Mazes:
-        turns.append(random.random())
+        drawn.append(random.random())
         return mazes
 
     monkeypatch.setattr("ml_networks.tasks.mazes.run.augment", unturned)
@@ -288,7 +289,7 @@ def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) 
         epochs.append(first + run.batch([numbered]).routes.flatten().tolist())
         assert len(set(epochs[-1])) == 16
     assert epochs[0] != epochs[1] != epochs[2]
-    assert len(set(turns)) == 6
+    assert len(set(drawn)) == 6
     again = fresh(TINY)
     again.step = 4
     assert again.batch([numbered]).routes.flatten().tolist() == epochs[2][:8]
@@ -301,35 +302,49 @@ def test_batches_depend_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_batches_of_several_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch has every whole batch of every size once, in an order of its own, also when it is
-    asked for in another order; a size's batches come as without the other sizes."""
+    """The steps of a size go through its mazes as if there were no other, in whatever order they
+    are asked for."""
     monkeypatch.setattr("ml_networks.tasks.mazes.run.augment", lambda mazes, random: mazes)
-    settings = dataclasses.replace(TINY, batch_size=5)
+    settings = dataclasses.replace(TINY, batch_size=5, training_iterations=40)
     training = [
         Mazes(np.full((n, side, side), 1, np.uint8), np.arange(n)[:, None] + 100 * side)
         for n, side in ((12, 3), (25, 5), (9, 7))
     ]
     run = fresh(settings)
-    turns, epochs = [], []
-    for epoch in range(3):
-        seen: dict[int, list[int]] = {3: [], 5: [], 7: []}
-        sides = []
-        for run.step in range(8 * epoch, 8 * epoch + 8):
-            batch = run.batch(training)
-            sides.append(batch.pixels.shape[1])
-            assert len(batch.routes) == 5
-            seen[sides[-1]] += batch.routes.flatten().tolist()
-        assert sorted(sides) == [3, 3, 5, 5, 5, 5, 5, 7]
-        assert [len(set(rows)) for rows in seen.values()] == [10, 25, 5]
-        turns.append(sides)
-        epochs.append(seen)
-    assert turns[0] != turns[1] != turns[2]
-    alone, places = fresh(settings), [8 + n for n, side in enumerate(turns[1]) if side == 5]
-    for number, run.step in reversed(list(enumerate(places))):
-        rows = run.batch(training).routes.flatten().tolist()
-        assert rows == epochs[1][5][5 * number : 5 * number + 5]
-        alone.step = 5 + number
-        assert alone.batch([training[1]]).routes.flatten().tolist() == rows
+    batches = [run.batch(training) for run.step in range(40)]
+    sides = [batch.pixels.shape[1] for batch in batches]
+    rows = [batch.routes.flatten().tolist() for batch in batches]
+    for number, (side, in_epoch) in enumerate(((3, 2), (5, 5), (7, 1))):
+        alone = fresh(settings)
+        steps = [step for step in range(40) if sides[step] == side]
+        assert len(steps) > in_epoch
+        assert len({row for step in steps[:in_epoch] for row in rows[step]}) == 5 * in_epoch
+        for alone.step, step in reversed(list(enumerate(steps))):
+            assert alone.batch([training[number]]).routes.flatten().tolist() == rows[step]
+    later = fresh(settings)
+    for later.step in (33, 8):
+        assert later.batch(training).routes.flatten().tolist() == rows[later.step]
+
+
+def test_turns_of_the_sizes() -> None:
+    """As many steps for every maze; with a curriculum, once all sizes have joined."""
+    settings = dataclasses.replace(TINY, training_iterations=12_000)
+    shares = np.bincount(turns([300, 100, 200], settings)) / 12_000
+    assert shares == pytest.approx([1 / 2, 1 / 6, 1 / 3], abs=0.02)
+    first = turns([300, 100, 200], dataclasses.replace(settings, seed=2))[:50]
+    assert (first != turns([300, 100, 200], settings)[:50]).any()
+    assert set(turns([7], settings)) == {0}
+
+    growing = turns([10, 10, 10], dataclasses.replace(settings, size_curriculum=0.5))
+    assert growing[0] == 0
+    # The second size has joined after a quarter of the steps, the third after a half.
+    assert growing[:3000].max() == 1
+    assert 0.1 < (growing[:3000] == 1).mean() < 0.4
+    for start, end, kinds in ((3000, 6000, 3), (6000, 12_000, 3)):
+        shares = np.bincount(growing[start:end], minlength=3) / (end - start)
+        assert (shares > 0.1).sum() == kinds
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert (turns([10], dataclasses.replace(settings, size_curriculum=1.0)) == 0).all()
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
@@ -422,7 +437,7 @@ def test_the_bar_says_what_takes_time(
     settings = dataclasses.replace(TINY, framework=framework, evaluate_every=4)
     run = Run(settings, Silent())  # type: ignore[arg-type]
     sizes = [size_of(run.batch(mazes[0])) for run.step in range(6)]
-    assert sizes[0] != sizes[-1]
+    assert len(set(sizes)) == 2
     run.step = 0
     with progress_bar(Console(), visible=False) as bar:
         said: list[str] = []
@@ -707,6 +722,8 @@ def test_bad_options(checkpoint: Path, tmp_path: Path) -> None:
     assert "which has no U-Net" in refused(train.app, "--use_hyper", "--synapse_depth", 1)
     assert "which takes no images" in refused(train.app, "--backbone_type", "parity_backbone")
     assert "lr is -1.0; it must be a number > 0" in refused(train.app, "--lr", -1)
+    message = refused(train.app, "--size_curriculum", 1.5)
+    assert "size_curriculum is 1.5; it must be a share from 0" in message
     assert "batch_size is 0; it must be >= 1" in refused(train.app, "--batch_size", 0)
     tiny = (*options(TINY), "--device", "cpu")
     for sizes, bad in (((8,), 8), ((9, 3), 3), ((9, 11, 12), 12), ((9, -5), -5)):

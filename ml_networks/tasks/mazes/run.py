@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from ml_networks.io import load_weights, save_weights
@@ -110,24 +111,39 @@ class Run:
         self.step = 0
         self.history: list[Point] = []
         self.seconds = 0.0
+        self._turns: NDArray[np.int64] | None = None
 
     def batch(self, training: Sequence[Mazes]) -> Mazes:
-        """The mazes of the next step, all of one size, which seed and step alone decide.
+        """The mazes of the next step, all of one size, which the settings and the step decide.
 
-        In an epoch every maze comes once, turned and mirrored at random, and the batches of all
-        sizes in random order; what is left over after a size's last whole batch waits for another
-        epoch.
+        In an epoch of a size every maze of it comes once, turned and mirrored at random; what is
+        left over after the last whole batch waits for another epoch.
         """
         seed, batch_size = self.settings.seed, self.settings.batch_size
-        batches = [len(mazes.routes) // batch_size for mazes in training]
-        epoch, position = divmod(self.step, sum(batches))
-        turns = np.repeat(np.arange(len(training)), batches)
-        turns = np.random.default_rng([seed, epoch, 2]).permutation(turns)
-        mazes = training[turns[position]]
-        before = int((turns[:position] == turns[position]).sum())
+        if self._turns is None:
+            self._turns = turns([len(mazes.routes) for mazes in training], self.settings)
+        size = self._turns[self.step]
+        mazes = training[size]
+        before = int((self._turns[: self.step] == size).sum())
+        epoch, position = divmod(before, len(mazes.routes) // batch_size)
         order = np.random.default_rng([seed, epoch]).permutation(len(mazes.routes))
-        chosen = mazes.take(order[before * batch_size : (before + 1) * batch_size])
+        chosen = mazes.take(order[position * batch_size : (position + 1) * batch_size])
         return augment(chosen, np.random.default_rng([seed, self.step, 1]))
+
+
+def turns(counts: Sequence[int], settings: Settings) -> NDArray[np.int64]:
+    """Which of the sizes, that have so many mazes, each step of a run takes, drawn at random.
+
+    After a share ``size_curriculum`` of the steps every maze is as likely as any other; before,
+    the sizes join one by one, the smallest being there from the beginning.
+    """
+    steps, last = settings.training_iterations, len(counts) - 1
+    ramp = settings.size_curriculum * steps
+    progress = np.minimum(np.arange(steps) / ramp, 1) if ramp else np.ones(steps)
+    joined = np.clip(1 + last * progress[:, None] - np.arange(last + 1), 0, 1)
+    ends = (np.array(counts) * joined).cumsum(1)
+    draws = np.random.default_rng([settings.seed, 2]).random((steps, 1)) * ends[:, -1:]
+    return (draws >= ends[:, :-1]).sum(1)
 
 
 def fit(

@@ -95,6 +95,9 @@ class Settings:
     ] = 5
     data_root: Annotated[str, "Folder with train/ and test/; empty: make mazes."] = ""
     maze_size: Annotated[tuple[int, ...], SIZES] = (19,)
+    size_curriculum: Annotated[
+        float, "Share of the steps in which the larger sizes join the smallest one by one."
+    ] = 0.0
     training_mazes: Annotated[int, "Mazes of each size made to train on."] = 50_000
     test_mazes: Annotated[
         int, "Mazes of each size made to test on, none of them among the others."
@@ -139,6 +142,11 @@ class Settings:
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be >= {least}")
+        if not 0 <= self.size_curriculum <= 1:
+            raise ValueError(
+                f"size_curriculum is {self.size_curriculum}; it must be a share from 0, where all "
+                "sizes are there from the beginning, to 1"
+            )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be a number > 0")
         if self.backbone_type == "parity_backbone":
