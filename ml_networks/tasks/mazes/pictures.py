@@ -65,7 +65,9 @@ def save_learning_curves(history: Sequence[Point], constant: Scores, path: Path)
         axes.plot(
             [], [], color=CONSTANT, linestyle="--", linewidth=1, label="best constant answer"
         )
-        axes.legend(fontsize=8)
+    for axes in more:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    right.legend(fontsize=8)
     left.legend()
     for axes in (left, right, *more):
         axes.grid(visible=True, alpha=0.25)
@@ -86,7 +88,7 @@ def save_sizes(found: Scores, constant: Scores, path: Path) -> None:
             bars = axes.bar(places + shift, values, 0.4, color=colour, label=who)
             axes.bar_label(bars, fmt="%.0f", fontsize=7)
         axes.set_title(label, fontsize=10)
-        axes.set_xticks(places, list(found.sizes), fontsize=8)
+        axes.set_xticks(places, [size.replace(" ", "") for size in found.sizes], fontsize=8)
         axes.set(ylim=(0, 108), xlabel="pixels of a maze")
         axes.grid(visible=True, axis="y", alpha=0.25)
         axes.set_axisbelow(True)

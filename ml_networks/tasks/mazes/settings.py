@@ -96,7 +96,7 @@ class Settings:
     data_root: Annotated[str, "Folder with train/ and test/; empty: make mazes."] = ""
     maze_size: Annotated[tuple[int, ...], SIZES] = (19,)
     size_curriculum: Annotated[
-        float, "Share of the steps in which the larger sizes join the smallest one by one."
+        float, "Share of the steps until the last of the sizes, smallest first, has joined."
     ] = 0.0
     training_mazes: Annotated[int, "Mazes of each size made to train on."] = 50_000
     test_mazes: Annotated[
