@@ -16,6 +16,7 @@ from .norm_activation_shuffle.jax_op import norm_activation_shuffle
 from .norm_silu_linear.jax_op import linear_norm_silu_gradient, norm_silu_linear
 from .norm_silu_skip_norm.jax_op import norm_silu_skip_norm
 from .synchronisation.jax_op import synchronisation
+from .synchronised_attention.jax_op import synchronised_attention
 
 __all__ = [
     "BinarySphericalCodes",
@@ -34,4 +35,5 @@ __all__ = [
     "norm_silu_linear",
     "norm_silu_skip_norm",
     "synchronisation",
+    "synchronised_attention",
 ]

@@ -76,6 +76,19 @@ def split_width(width: int) -> tuple[int, bool]:
     return padded(width - last), last
 
 
+POSITIONS_PER_SPLIT = 256
+"""A program with fewer positions than this is not worth another kernel."""
+
+
+def split_positions(sets: int, positions: int, block: int, processors: int) -> tuple[int, int]:
+    """How many programs share the positions of a set of keys, and the positions of each: enough to
+    fill the device twice, since a walk mostly waits for memory."""
+    wanted = min(2 * processors // max(sets, 1), positions // POSITIONS_PER_SPLIT, 64)
+    blocks = -(-positions // block)
+    each = -(-blocks // max(1, wanted))
+    return -(-blocks // each), each * block
+
+
 def bucket(problem: Problem) -> Problem:
     """The tuning key: batch and positions up to a power of two; the rest are a model's constants,
     of which neurons and pairs have no part in the gradient of keys and values."""

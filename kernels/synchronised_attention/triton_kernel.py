@@ -31,7 +31,7 @@ from ..core.device import Device
 from ..core.problem import Problem
 from ..core.triton_low_rank import compilation, dot, precision
 from .layout import is_channels_first, is_shared
-from .spec import Config, padded, split_width
+from .spec import Config, padded, split_positions, split_width
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _ROWS, _WARPS = 16, 4
@@ -39,8 +39,6 @@ _QUERY_COLUMNS, _QUERY_DEPTH = 32, 32
 _SUM_COLUMNS, _SUM_DEPTH = 16, 64
 """Tiles of the two products with the map to the queries."""
 _COLLECT_ROWS, _COLLECT_NEURONS, _COLLECT_ENTRIES = 2, 64, 4
-_POSITIONS_PER_SPLIT = 256
-"""A program with fewer positions than this is not worth another kernel."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -588,15 +586,6 @@ def _tiles(columns: int, depth: int, device: Device) -> dict[str, Any]:
     }
 
 
-def _splits(sets: int, positions: int, config: Config, device: Device) -> tuple[int, int]:
-    """How many programs share the positions of a set of keys, and the positions of each: enough to
-    fill the device twice, since a walk mostly waits for memory."""
-    wanted = min(2 * device.processors // max(sets, 1), positions // _POSITIONS_PER_SPLIT)
-    blocks = triton.cdiv(positions, config.block_positions)
-    each = triton.cdiv(blocks, max(1, min(wanted, 64)))
-    return triton.cdiv(blocks, each), each * config.block_positions
-
-
 def _launch(
     kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]
 ) -> None:
@@ -689,7 +678,9 @@ def forward(
 
     queries = columns // (heads * width)
     arguments, constants = _walk(keys, values, queries, padded(queries), config, device)
-    splits, each = _splits(batch * heads, positions, config, device)
+    splits, each = split_positions(
+        batch * heads, positions, config.block_positions, device.processors
+    )
     parts, logarithms = read, log_sum_exp
     if splits > 1:
         parts = torch.empty((splits * batch, read.shape[1]), dtype=torch.float32, device=z.device)
@@ -755,7 +746,9 @@ def gradient(
     heads, positions, width = keys.shape[1:]
     queries = depth // (heads * width)
     arguments, constants = _walk(keys, values, queries, padded(queries), config, device)
-    splits, each = _splits(batch * heads, positions, config, device)
+    splits, each = split_positions(
+        batch * heads, positions, config.block_positions, device.processors
+    )
     parts = torch.empty((splits, batch, depth), dtype=torch.float32, device=z.device)
     arguments |= {
         "query": query,
@@ -892,7 +885,9 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     }  # fmt: skip
     tensors = {name: (given, given[2] == 1) for name, given in strides.items()}
     layout, known = _layout((batch, heads, positions, key_width), tensors, problem.itemsize)
-    splits, each = _splits(batch * heads, positions, config, device)
+    splits, each = split_positions(
+        batch * heads, positions, config.block_positions, device.processors
+    )
     lines = {
         **dict.fromkeys(("query", "of_query"), columns),
         **dict.fromkeys(("read", "of_read"), widths),

@@ -16,13 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+jax = pytest.importorskip("jax", reason="jax is not installed")
+
+import jax.numpy as jnp  # noqa: E402
 
 from ml_networks.kernels import explain  # noqa: E402
-from ml_networks.kernels.core import device, dispatch, testing, usage  # noqa: E402
+from ml_networks.kernels.core import device, dispatch, pallas, testing, usage  # noqa: E402
 from ml_networks.kernels.core.errors import UnsupportedImplementationError  # noqa: E402
 from ml_networks.kernels.core.problem import Case  # noqa: E402
 from ml_networks.kernels.core.torch_functions import neuron_table  # noqa: E402
-from ml_networks.kernels.synchronised_attention import reference, spec, torch_op  # noqa: E402
+from ml_networks.kernels.jax import synchronised_attention as jax_attention  # noqa: E402
+from ml_networks.kernels.synchronised_attention import (  # noqa: E402
+    pallas_kernel,
+    reference,
+    spec,
+    torch_op,
+)
 from ml_networks.kernels.torch import (  # noqa: E402
     Attended,
     AttendedGradient,
@@ -195,11 +204,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
 @pytest.mark.parametrize(("wrong", "message"), BAD)
-def test_bad_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
-    inputs = {k: torch.from_numpy(v) for k, v in (inputs_of() | wrong).items()}
+def test_bad_arguments_are_named(framework: str, wrong: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = inputs_of() | wrong
+    function: Any = jax_attention
+    if framework == "torch":
+        function = synchronised_attention
+        given = {k: torch.from_numpy(v) for k, v in given.items()}
     with pytest.raises(ValueError, match=message):
-        synchronised_attention(**inputs)
+        function(**given)
 
 
 def test_wrong_types_are_refused() -> None:
@@ -213,6 +227,17 @@ def test_wrong_types_are_refused() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             synchronised_attention(**tensors | {name: value})
+    arrays = {k: jnp.asarray(v) for k, v in inputs_of().items()}
+    for name, value, message in (
+        ("left", arrays["r"], "left must be an array of integers"),
+        ("r", arrays["left"], "r must be a floating-point array"),
+        ("sums", arrays["sums"].astype(jnp.float16), "sums is float16 and r is float32"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            jax_attention(**arrays | {name: value})
+    narrow = {k: arrays[k].astype(jnp.float16) for k in ("r", "scale", "sums")}
+    with pytest.raises(TypeError, match="r is float16 and z float32"):
+        jax_attention(**arrays | narrow)
 
 
 @each
@@ -237,6 +262,8 @@ def test_the_choice_says_why() -> None:
             spec.NAME, dims, direction=direction, device=device.target("sm_90"), dtype="bfloat16"
         )
         assert (chosen.implementation, chosen.why[:6]) == ("triton", "scores")
+    on_tpu = explain(spec.NAME, dims, framework="jax", device=device.target("tpu"))
+    assert on_tpu.implementation == "xla"
 
 
 # The parts for a loop over ticks
@@ -391,12 +418,12 @@ def test_split_positions_are_joined_in_order(
     """On a device with many processors, where programs share the positions of a set of keys."""
     from ml_networks.kernels.synchronised_attention import triton_kernel
 
-    monkeypatch.setattr(triton_kernel, "_POSITIONS_PER_SPLIT", 16)
+    monkeypatch.setattr(spec, "POSITIONS_PER_SPLIT", 16)
     inputs = inputs_of((3, 11, 7, 2, 2, 70, 17, 17), shared)
     exact, tensors = exact_of(inputs), tensors_of(inputs)
     many = replace(dispatch.current_device("torch"), processors=64)
     config = spec.Config(block_positions=16)
-    assert triton_kernel._splits(6, 70, config, many) == (3, 32)
+    assert spec.split_positions(6, 70, 16, 64) == (3, 32)
     names = "z", "left", "right", "r", "scale", "in_weight", "in_bias", "keys", "values", "sums"
     into = torch_op._empty(*(tensors[k] for k in ("z", "r", "in_weight", "keys", "values")))
     triton_kernel.forward(*(tensors[name] for name in names), *into, config, many)
@@ -584,3 +611,106 @@ def test_the_transforms_of_torch_func(implementation: str) -> None:
     stacked = torch.stack([given[0], 2 * given[0]])
     mapped = torch.func.vmap(torch.func.grad(size, 1), (0, None, None))(stacked, *given[1:])
     torch.testing.assert_close(mapped[0], exact, rtol=1e-4, atol=1e-5)
+
+
+# JAX
+
+
+def pulled_back(inputs: dict[str, Any], implementation: str) -> dict[str, Any]:
+    """Results and gradients in JAX."""
+
+    def function(values: dict[str, Any]) -> Any:
+        given = {**inputs, **values}
+        given.setdefault("values", given["keys"])
+        return jax_attention(**given, implementation=implementation)
+
+    wanted = {k: inputs[k] for k in DIFFERENTIABLE if k in inputs}
+    results, pull = jax.vjp(function, wanted)
+    cotangents = tuple(jnp.ones_like(value) for value in results)
+    return dict(zip(("read", "new_sums"), results, strict=True)) | pull(cotangents)[0]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@both_kinds
+def test_jax_without_sums_samples_or_pairs(shared: bool, implementation: str) -> None:
+    first, none, unpaired = (inputs_of(shared=shared) for _ in range(3))
+    del first["sums"]
+    none |= {name: none[name][:0] for name in ("z", "keys", "values", "sums") if name in none}
+    unpaired |= {name: unpaired[name][:0] for name in ("left", "right", "r", "scale")}
+    unpaired |= {name: unpaired[name][:, :0] for name in ("in_weight", "sums")}
+    for inputs in (first, none, unpaired):
+        exact = reference.forward(inputs, shared=shared)
+        ones = {name: np.ones_like(value) for name, value in exact.items()}
+        exact |= reference.backward(inputs, ones, shared=shared)
+        with pallas.interpret():
+            got = pulled_back({k: jnp.asarray(v) for k, v in inputs.items()}, implementation)
+        for name, value in got.items():
+            if name in exact:
+                np.testing.assert_allclose(value, exact[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@both_kinds
+def test_pallas_joins_split_positions(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "POSITIONS_PER_SPLIT", 16)
+    query, keys, values = draw(3, 2, 2, 17), draw(3, 2, 70, 17, seed=1), draw(3, 2, 70, 17, seed=2)
+    values = keys if shared else values
+    many = replace(dispatch.current_device("jax"), processors=64)
+    with pallas.interpret():
+        found = pallas_kernel.attend(
+            *map(jnp.asarray, (query, keys, values)),
+            shared=shared,
+            config=spec.Config(block_positions=16),
+            device=many,
+        )
+    scores = query @ keys.swapaxes(2, 3)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = weights / weights.sum(-1, keepdims=True) @ values
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_jax_keeps_sums_in_float32(implementation: str) -> None:
+    inputs = inputs_of(shared=True)
+    exact = reference.forward(inputs, shared=True)
+    arrays = {k: jnp.asarray(v) for k, v in inputs.items()}
+    halves = "z", "in_weight", "in_bias", "keys"
+    arrays |= {name: arrays[name].astype(jnp.bfloat16) for name in halves}
+    with pallas.interpret():
+        read, sums = jax_attention(**arrays, values=arrays["keys"], implementation=implementation)
+    assert (read.dtype, sums.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(read.astype(jnp.float32), exact["read"], rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(sums, exact["new_sums"], rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_transforms(implementation: str) -> None:
+    inputs = {k: jnp.asarray(v) for k, v in inputs_of((2, 5, 3, 1, 2, 19, 5, 5)).items()}
+    zs = jnp.stack([inputs["z"], 0.5 * inputs["z"]])
+
+    def gradient(z: Any) -> Any:
+        return pulled_back({**inputs, "z": z}, implementation)
+
+    @jax.jit
+    def both(zs: Any) -> Any:
+        scanned = jax.lax.scan(lambda carry, z: (carry, gradient(z)), 0, zs)
+        return jax.vmap(gradient)(zs), scanned[1]
+
+    @jax.jit
+    @jax.value_and_grad
+    def size(z: Any) -> Any:
+        return sum((value * value).sum() for value in gradient(z).values())
+
+    with pallas.interpret():
+        results = both(zs)
+        _, slope = size(zs[0])
+        step = 1e-2 * slope / jnp.linalg.norm(slope)
+        ahead, behind = (size(zs[0] + sign * step)[0] for sign in (1, -1))
+    for index, z in enumerate(zs):
+        given = {k: np.asarray(v) for k, v in {**inputs, "z": z}.items()}
+        exact = reference.forward(given)
+        ones = {name: np.ones_like(value) for name, value in exact.items()}
+        exact |= reference.backward(given, ones)
+        for found in results:
+            for name, value in found.items():
+                np.testing.assert_allclose(value[index], exact[name], rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose((ahead - behind) / 0.02, jnp.linalg.norm(slope), rtol=0.01)
