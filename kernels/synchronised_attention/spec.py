@@ -42,11 +42,11 @@ CASES = (
     _case("small", "small", (4, 12, 8, 1, 2, 24, 16, 16), True, True),
     _case("heads-odd", "ragged", (3, 13, 7, 3, 2, 37, 7, 11), False, False),
     _case("shared-odd", "ragged", (5, 11, 17, 1, 4, 70, 33, 33), True, True),
-    _case("maze-128", "large", (64, 128, 64, 1, 2, 36, 65, 65), True, True),
+    _case("maze-128", "large", (64, 128, 64, 1, 4, 36, 65, 65), True, True),
     _case("example-64", "large", (64, 1024, 128, 1, 4, 2500, 65, 65), True, True),
     _case("example-64-rows", "large", (64, 1024, 128, 1, 4, 2500, 65, 65), True, False),
     _case("example-4", "large", (4, 1024, 128, 1, 4, 2500, 65, 65), True, True),
-    _case("first-last-64", "large", (64, 512, 2080, 1, 4, 256, 65, 65), True, True),
+    _case("first-last-64", "large", (64, 1024, 2080, 1, 4, 2500, 65, 65), True, True),
     _case("heads-8", "large", (64, 512, 128, 8, 1, 196, 64, 64), False, False),
 )
 

@@ -41,7 +41,18 @@ _SUM_COLUMNS, _SUM_DEPTH = 16, 64
 _COLLECT_ROWS, _COLLECT_NEURONS, _COLLECT_ENTRIES = 2, 64, 4
 
 
-@triton.jit(do_not_specialize=["rows"])
+# Whether these are 1 or multiples of 16 would make more code and no faster one.
+_GENERAL = ["rows", "splits", "batches", "ticks", "columns", "depth", "neurons"]
+_GENERAL += [
+    f"{name}_row"
+    for name in (
+        *("z", "before", "sums", "query", "read", "log", "delta"),
+        *("of_next", "of_query", "of_read", "of_synchronisation", "of_sums", "of_z"),
+    )
+]
+
+
+@triton.jit(do_not_specialize=_GENERAL)
 def query_kernel(
     z, left, right, r, scale, in_weight, in_bias, before, sums, query,
     rows, pairs, columns,
@@ -171,7 +182,7 @@ def _times(
     return dot(tile, tl.trans(rows), total, PRECISION, UPCAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GENERAL)
 def attention_kernel(
     query, keys, values, read, log_sum_exp,
     query_row, query_column, read_row, read_column, log_row, log_column,
@@ -244,7 +255,7 @@ def attention_kernel(
     _store_rows(read, offset, real, read_column, main, extra, VALUE_WIDTH, VALUE_LAST)
 
 
-@triton.jit(do_not_specialize=["batches", "splits"])
+@triton.jit(do_not_specialize=_GENERAL)
 def join_kernel(
     parts, logarithms, read, log_sum_exp,
     read_row, read_column, log_row, log_column,
@@ -273,7 +284,7 @@ def join_kernel(
     tl.store(log_sum_exp + batch * log_row + row * log_column, base + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GENERAL)
 def query_gradient_kernel(
     query, keys, values, read, of_read, log_sum_exp, parts,
     query_row, query_column, read_row, read_column, of_read_row, of_read_column,
@@ -342,7 +353,7 @@ def query_gradient_kernel(
     _store_rows(parts, offset, real, 1, main, extra, KEY_WIDTH, KEY_LAST)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=_GENERAL)
 def sum_gradient_kernel(
     parts, in_weight, r, scale, of_next, of_query, of_synchronisation, of_sums,
     rows, splits, pairs, depth,
@@ -393,7 +404,7 @@ def sum_gradient_kernel(
     tl.store(place, total.to(of_sums.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=_GENERAL)
 def collect_kernel(
     z, of_sums, starts, pair_of, other_of, of_z,
     rows, neurons,
@@ -426,7 +437,7 @@ def collect_kernel(
     tl.store(target, total.to(of_z.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["ticks"])
+@triton.jit(do_not_specialize=_GENERAL)
 def key_gradient_kernel(
     query, keys, values, of_read, log_sum_exp, delta, of_keys, of_values,
     query_tick, query_row, query_column, of_read_tick, of_read_row, of_read_column,
