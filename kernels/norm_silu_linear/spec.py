@@ -20,6 +20,7 @@ DIRECTIONS = ("forward", "backward")
 FEW_ROWS = 256
 """Each program normalises the rows it needs, features / block_features times over in all; that is
 less than the launch of a kernel for it only while there are few."""
+WIDEST_FLOAT32 = 400
 SMALLEST_SIDE = 16
 
 
@@ -96,19 +97,43 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
     if plain is not None and problem["rows"] > FEW_ROWS:
         why = f"above {FEW_ROWS} rows it pays to normalise them once, in a kernel of its own"
         return Choice(plain, None, why)
-    return Choice(fused, _config(problem, device), "one launch in place of two")
+    wide = bool(problem.flag("skip", False)) and problem["width"] > WIDEST_FLOAT32
+    if plain is not None and problem.dtype == "float32" and wide:
+        why = (
+            f"above {WIDEST_FLOAT32} columns and with a skip connection, splitting float32 into "
+            "TF32 numbers in every program takes longer than a second launch"
+        )
+        return Choice(plain, None, why)
+    config = _config if fused == "triton" else _pallas_config
+    return Choice(fused, config(problem, device), "one launch in place of two")
 
 
 def _config(problem: Problem, device: Device) -> Config:
     """As many programs as there are processors, if that leaves each at least 32 features: 8 for
     each of 4 warps. More warps would hold the same rows of the product's left side once more, and
     more programs normalise them once more. As many columns at a time as fit the registers."""
-    blocks = -(-problem["rows"] // 16)
-    features = 64 if blocks * -(-problem["features"] // 32) > device.processors else 32
-    block_in = 64 if problem.flag("skip", False) else 128
+    skip, width = bool(problem.flag("skip", False)), problem["width"]
+    block_in = 64 if skip else 128
     if problem.dtype == "float32":
-        block_in //= 4 if (problem.direction, block_in) == ("backward", 64) else 2
-    return Config(16, features, block_in, 4, 3)
+        tight = skip and (problem.direction == "backward" or width % SMALLEST_SIDE != 0)
+        block_in //= 4 if tight else 2
+    return Config(16, _features(problem, device, 32), block_in, 4, 3)
+
+
+def _pallas_config(problem: Problem, device: Device) -> Config:
+    """Of these its kernels are known to spill nothing."""
+    skip, full = bool(problem.flag("skip", False)), problem.dtype == "float32"
+    heavy = skip and (full or problem.direction == "backward")
+    block_in = 32 if heavy else 64 if full else 128
+    return Config(16, _features(problem, device, 16), block_in, 8, 3)
+
+
+def _features(problem: Problem, device: Device, fewest: int) -> int:
+    """Of each program; twice as many while that leaves a program for every processor."""
+    features, blocks = fewest, -(-problem["rows"] // 16)
+    while features < 64 and blocks * -(-problem["features"] // features) > device.processors:
+        features *= 2
+    return features
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:

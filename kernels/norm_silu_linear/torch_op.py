@@ -318,10 +318,15 @@ def _write(
     decision = _decide(x, len(weight), "forward", norms.skip is not None, implementation)
     with usage.timed(decision):
         if decision.implementation == "torch" or not x.numel():
-            own = "torch" if implementation == "torch" else None
-            for target, value in zip(out, _plain(x, weight, bias, norms, own), strict=True):
-                if target is not None:
-                    target.copy_(value)
+            with torch_functions.without_autocast(x):
+                h = _finish(x, norms, "torch" if implementation == "torch" else None)
+                if out[1] is not None:
+                    out[1].copy_(h)
+                h = _as_rows(h.to(weight.dtype))
+                if bias is None or out[0].dtype != weight.dtype:
+                    out[0].copy_(F.linear(h, weight, bias).view(out[0].shape))
+                else:
+                    torch.addmm(bias, h, weight.mT, out=_viewed(out[0]))
         else:
             _launch(out, x, weight, bias, norms, decision)
 

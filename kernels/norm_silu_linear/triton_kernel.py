@@ -84,8 +84,9 @@ def _activated(x, norm_weight, norm_bias, row, k, in_row, real, stride, mean, in
     inner = (_rows(x, row, k, stride, real) - mean[:, None]) * inverse[:, None]
     scale = _line(norm_weight, k, in_row)
     value = inner * scale + _line(norm_bias, k, in_row)
-    # 1 / (1 + e) from a power of 2 and a reciprocal root: those need no care for subnormal numbers,
-    # and take 6 instructions where an exponential and a division take 14. Below 2^-63 it is that.
+    # 1 / (1 + e) from a power of 2 and a reciprocal root: those need no care for subnormal
+    # numbers, and take 6 instructions where an exponential and a division take 14. Below 2^-63 it
+    # is that.
     e = 1.0 + tl.exp2(tl.minimum(value * _MINUS_LOG2_E, 63.0))
     opened = tl.rsqrt(e * e)
     slope = opened + opened * (1.0 - opened) * value

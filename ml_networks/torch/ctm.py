@@ -65,9 +65,15 @@ class _Look:
     dropout: float
 
     def to(self, dtype: torch.dtype) -> _Look:
-        """Cast what the ticks use."""
-        names = ("keys", "values", "in_weight", "in_bias")
-        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+        """Cast what the ticks use. Keys that are the values too stay one tensor."""
+        keys = self.keys.to(dtype)
+        return replace(
+            self,
+            keys=keys,
+            values=keys if self.values is self.keys else self.values.to(dtype),
+            in_weight=self.in_weight.to(dtype),
+            in_bias=self.in_bias.to(dtype),
+        )
 
     def __call__(self, synchronisation: Tensor) -> tuple[Tensor, Tensor]:
         """Return what was read (B, heads V), and the weights (B, heads, S)."""

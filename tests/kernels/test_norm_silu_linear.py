@@ -422,6 +422,13 @@ def test_explain_and_usage_report_the_choice() -> None:
     for framework, plain, fused in (("torch", "torch", "triton"), ("jax", "xla", "pallas")):
         found = [explain(name, dims, framework=framework, device=hopper) for dims in (few, many)]
         assert [choice.implementation for choice in found] == [fused, plain]
+    skips = {
+        dtype: explain(name, few, dtype=dtype, flags={"skip": True}, device=hopper)
+        for dtype in ("float32", "bfloat16")
+    }
+    assert skips["bfloat16"].implementation == "triton"
+    assert skips["float32"].implementation == "torch"
+    assert "TF32" in skips["float32"].why
     found = explain(name, few, framework="jax", device=device.target("tpu"))
     assert found.implementation == "xla"
     with record_usage() as usage:
