@@ -10,7 +10,12 @@ from .fused_mlp.jax_op import fused_mlp
 from .hyper_lora_linear.jax_op import hyper_lora_linear
 from .linear_norm_activation.jax_op import linear_norm_activation
 from .lora_linear.jax_op import lora_linear
-from .neuron_level_model.jax_op import neuron_level_model
+from .neuron_level_model.jax_op import (
+    neuron_level_model,
+    neuron_level_model_at_tick,
+    neuron_level_model_trace_gradient,
+    neuron_level_model_weight_gradient,
+)
 from .norm_activation.jax_op import norm_activation
 from .norm_activation_shuffle.jax_op import norm_activation_shuffle
 from .norm_silu_linear.jax_op import linear_norm_silu_gradient, norm_silu_linear
@@ -30,6 +35,9 @@ __all__ = [
     "linear_norm_silu_gradient",
     "lora_linear",
     "neuron_level_model",
+    "neuron_level_model_at_tick",
+    "neuron_level_model_trace_gradient",
+    "neuron_level_model_weight_gradient",
     "norm_activation",
     "norm_activation_shuffle",
     "norm_silu_linear",

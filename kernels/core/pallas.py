@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,19 @@ def store(ref: Any, value: jax.Array, mask: jax.Array | None = None) -> None:
     plt.store(ref, value, mask=mask)
 
 
+def scalar_block() -> Any:
+    """The block of an array (1,) whose number every program reads as ``ref[0]``, to reach other
+    references by it."""
+    from jax.experimental import pallas as pl
+
+    options: dict[str, Any] = {}
+    if jax_device().platform == "tpu":
+        from jax.experimental.pallas import tpu
+
+        options["memory_space"] = tpu.SMEM
+    return pl.BlockSpec((1,), lambda *_: (0,), **options)
+
+
 def dot(
     left: jax.Array,
     right: jax.Array,
@@ -149,6 +162,7 @@ def call(
     num_warps: int = 4,
     num_stages: int = 2,
     name: str | None = None,
+    input_output_aliases: Mapping[int, int] | None = None,
 ) -> Callable[..., Any]:
     """``pl.pallas_call`` with the parameters that each backend and JAX version wants.
 
@@ -176,5 +190,6 @@ def call(
         in_specs=in_specs,
         out_specs=out_specs,
         name=name,
+        input_output_aliases=dict(input_output_aliases or {}),
         **parameters,
     )

@@ -1,7 +1,4 @@
-"""The neuron-level model for JAX: the public function, the plain path, the derivatives.
-
-Inside, traces are (rows, neurons, memory).
-"""
+"""The neuron-level model for JAX: the public functions, the plain path, the derivatives."""
 
 from __future__ import annotations
 
@@ -75,125 +72,307 @@ def neuron_level_model(
 
     Darlow et al., "Continuous Thought Machines", arXiv 2505.05522.
     """
-    named = {
-        "trace": trace,
-        "weight1": weight1,
-        "bias1": bias1,
-        "weight2": weight2,
-        "bias2": bias2,
-    }
+    named = _named("trace", trace, weight1, bias1, weight2, bias2)
     arrays = dict(zip(named, jax_arrays(named), strict=True))
     spec.check_shapes({name: a if a is None else a.shape for name, a in arrays.items()})
     leading, kept = arrays["trace"].shape[:-2], arrays["trace"].shape[-2:]
-    arrays["trace"] = arrays["trace"].reshape(math.prod(leading), *kept)
-    inputs = Inputs(**arrays)
-    decision = _decide(inputs, implementation, "forward")
-    with usage.timed(decision):
-        plain = decision.implementation == "xla" or not inputs.trace.size
-        z = _plain(inputs) if plain else _fused(inputs, implementation)
+    history = arrays.pop("trace").reshape(math.prod(leading), *kept).transpose(1, 2, 0)
+    z = _at_tick(Inputs(history, **arrays), jnp.int32(0), implementation)
     return z.reshape(*leading, kept[0])
 
 
-class Inputs(NamedTuple):
-    """The arrays of a call, or their gradients."""
+def neuron_level_model_at_tick(
+    history: Array,
+    tick: Array | int,
+    weight1: Array,
+    bias1: Array,
+    weight2: Array | None = None,
+    bias2: Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    r"""Do as :func:`neuron_level_model` with the traces at one tick of a history, where they lie.
 
-    trace: Array
+    Parameters
+    ----------
+    history
+        Pre-activations (D, L, B), oldest first: a neuron's last M values of all B rows are then
+        one run of memory. float32, bfloat16, float16 or float64.
+    tick
+        The traces are ``history[:, tick : tick + M]``; an integer from 0 to L - M, which may be
+        traced. One beyond counts as the nearest.
+    weight1, bias1, weight2, bias2, implementation
+        As in :func:`neuron_level_model`.
+
+    Returns
+    -------
+    Array
+        (B, D), in the dtype of ``history``.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedImplementationError
+        As in :func:`neuron_level_model`.
+    """
+    named = _named("history", history, weight1, bias1, weight2, bias2)
+    inputs = Inputs(*_checked(named, tick))
+    return _at_tick(inputs, jnp.asarray(tick, jnp.int32), implementation)
+
+
+def neuron_level_model_trace_gradient(
+    of_z: Array,
+    history: Array,
+    tick: Array | int,
+    weight1: Array,
+    bias1: Array,
+    weight2: Array | None = None,
+    bias2: Array | None = None,
+    *,
+    into: Array,
+    implementation: str | None = None,
+) -> Array:
+    """Add the gradient of the traces at a tick to that of the history.
+
+    For loops over ticks that are differentiated by hand; the gradients of the weights are taken
+    once for all ticks, by :func:`neuron_level_model_weight_gradient`.
+
+    Parameters
+    ----------
+    of_z
+        Gradient of :func:`neuron_level_model_at_tick`'s result, (B, D).
+    history, tick, weight1, bias1, weight2, bias2, implementation
+        As in :func:`neuron_level_model_at_tick`.
+    into
+        The gradient of the history until now, (D, L, B), of any floating-point dtype. Where XLA
+        needs it no more, as in a loop's carry, its memory is the result's.
+
+    Returns
+    -------
+    Array
+        ``into`` with the gradient added to ``into[:, tick : tick + M]``.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedImplementationError
+        As in :func:`neuron_level_model`.
+    """
+    named = {"of_z": of_z, **_named("history", history, weight1, bias1, weight2, bias2)}
+    into = jnp.asarray(into)
+    if not jnp.issubdtype(into.dtype, jnp.floating):
+        raise TypeError(f"into must be a floating-point array, got {into.dtype}")
+    of_z, *arrays = _checked(named, tick, into)
+    inputs = Inputs(*arrays)
+    return _trace_gradient(into, of_z, inputs, jnp.asarray(tick, jnp.int32), implementation)
+
+
+def neuron_level_model_weight_gradient(
+    of_z: Array,
+    history: Array,
+    weight1: Array,
+    bias1: Array,
+    weight2: Array | None = None,
+    bias2: Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Array, ...]:
+    """Return the gradients of the weights for those of :func:`neuron_level_model_at_tick`'s results
+    at all ticks of a history.
+
+    Parameters
+    ----------
+    of_z
+        (L - M + 1, B, D), of each tick.
+    history, weight1, bias1, weight2, bias2, implementation
+        As in :func:`neuron_level_model_at_tick`.
+
+    Returns
+    -------
+    tuple of Array
+        Of ``weight1`` and ``bias1`` and, where given, of ``weight2`` and ``bias2``.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedImplementationError
+        As in :func:`neuron_level_model`.
+    """
+    named = {"of_z": of_z, **_named("history", history, weight1, bias1, weight2, bias2)}
+    of_z, *arrays = _checked(named)
+    return _weight_gradient(of_z, Inputs(*arrays), jnp.int32(0), implementation)
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, or their gradients; the history is (neurons, length, rows)."""
+
+    history: Array
     weight1: Array
     bias1: Array
     weight2: Array | None
     bias2: Array | None
 
 
-def _decide(inputs: Inputs, implementation: str | None, direction: str) -> dispatch.Decision:
+def _named(
+    name: str,
+    values: Array,
+    weight1: Array,
+    bias1: Array,
+    weight2: Array | None,
+    bias2: Array | None,
+) -> dict[str, Array | None]:
+    weights = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    return {name: values, **weights}
+
+
+def _checked(
+    named: Mapping[str, Array | None], tick: Array | int = 0, into: Array | None = None
+) -> list[Any]:
+    arrays = jax_arrays(named)
+    shapes = {k: None if v is None else v.shape for k, v in zip(named, arrays, strict=True)}
+    spec.check_history(shapes if into is None else {**shapes, "into": into.shape}, tick)
+    return arrays
+
+
+def _decide(
+    inputs: Inputs, implementation: str | None, direction: str, ticks: int = 1
+) -> dispatch.Decision:
+    neurons, _, rows = inputs.history.shape
     hidden = 0 if inputs.weight2 is None else inputs.weight2.shape[1]
+    sizes = ticks * rows, neurons, inputs.weight1.shape[1], hidden
     problem = Problem(
         spec.NAME,
-        tuple(zip(spec.DIMENSIONS, (*inputs.trace.shape, hidden), strict=True)),
-        inputs.trace.dtype.name,
+        tuple(zip(spec.DIMENSIONS, sizes, strict=True)),
+        inputs.history.dtype.name,
         (),
         direction,
     )
     return dispatch.decide(problem, jax_device(), BINDING, implementation)
 
 
-@jax.jit
-def _plain(inputs: Inputs) -> Array:
-    """The op in ordinary JAX operations, differentiable any number of times."""
-    layers = [(inputs.weight1, inputs.bias1)]
-    if inputs.weight2 is not None and inputs.bias2 is not None:
-        layers.append((inputs.weight2, inputs.bias2))
-    x = inputs.trace
-    for weight, bias in layers:
-        x = jax.nn.glu(jnp.einsum("bni,nio->bno", x, weight) + bias)
-    return x[..., 0]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _fused(inputs: Inputs, implementation: str | None) -> Array:
+def _at_tick(inputs: Inputs, tick: Array, implementation: str | None) -> Array:
     decision = _decide(inputs, implementation, "forward")
-    return pallas_kernel.forward(*inputs, config=decision.config, device=jax_device())
+    with usage.timed(decision):
+        plain = decision.implementation == "xla" or not inputs.history.size
+        return _plain(inputs, tick) if plain else _fused(inputs, tick, implementation)
 
 
-def _fused_forward(inputs: Inputs, implementation: str | None) -> tuple[Array, Inputs]:
-    return _fused(inputs, implementation), inputs
+def _windows(history: Array, tick: Array, memory: int, ticks: int = 1) -> Array:
+    """The traces of some ticks, (neurons, memory, ticks * rows)."""
+    neurons, length, rows = history.shape
+    span = memory + ticks - 1
+    if length != span:
+        history = jax.lax.dynamic_slice_in_dim(history, tick, span, 1)
+    if ticks == 1:
+        return history
+    every = [history[:, first : first + ticks] for first in range(memory)]
+    return jnp.stack(every, 1).reshape(neurons, memory, ticks * rows)
 
 
-def _fused_backward(implementation: str | None, inputs: Inputs, of_z: Array) -> tuple[Inputs]:
-    of_trace = _trace_gradient(of_z, inputs, implementation)
-    of_weights = _weight_gradient(of_z, inputs, implementation)
+def _model(x: Array, *weights: Array | None) -> Array:
+    """z, (neurons, rows), of traces (neurons, memory, rows)."""
+    weight1, bias1, weight2, bias2 = weights
+    assert weight1 is not None
+    assert bias1 is not None
+    h = jax.nn.glu(jnp.einsum("nib,nio->nbo", x, weight1) + bias1[:, None])
+    if weight2 is not None and bias2 is not None:
+        h = jax.nn.glu(jnp.einsum("nbi,nio->nbo", h, weight2) + bias2[:, None])
+    return h[..., 0]
+
+
+@jax.jit
+def _plain(inputs: Inputs, tick: Array) -> Array:
+    """The op in ordinary JAX operations, differentiable any number of times."""
+    window = _windows(inputs.history, tick, inputs.weight1.shape[1])
+    return _model(window, *inputs[1:]).T
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _fused(inputs: Inputs, tick: Array, implementation: str | None) -> Array:
+    decision = _decide(inputs, implementation, "forward")
+    history, *weights = inputs
+    return pallas_kernel.forward(
+        history, tick, *weights, config=decision.config, device=jax_device()
+    )
+
+
+def _fused_forward(
+    inputs: Inputs, tick: Array, implementation: str | None
+) -> tuple[Array, tuple[Inputs, Array]]:
+    return _fused(inputs, tick, implementation), (inputs, tick)
+
+
+def _fused_backward(
+    implementation: str | None, saved: tuple[Inputs, Array], of_z: Array
+) -> tuple[Inputs, None]:
+    inputs, tick = saved
+    history = inputs.history
+    of_history = _trace_gradient(None, of_z, inputs, tick, implementation)
+    if of_history.shape != history.shape:
+        zeros = jnp.zeros_like(history)
+        of_history = jax.lax.dynamic_update_slice_in_dim(zeros, of_history, tick, 1)
+    of_weights = _weight_gradient(of_z[None], inputs, tick, implementation)
     # Under jit XLA drops the kernel whose gradients nobody asks for.
-    return (inputs._replace(trace=of_trace, **dict(zip(_WEIGHTS, of_weights, strict=False))),)
-
-
-_WEIGHTS = "weight1", "bias1", "weight2", "bias2"
+    named = dict(zip(("weight1", "bias1", "weight2", "bias2"), of_weights, strict=False))
+    return inputs._replace(history=of_history, **named), None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
 @jax.jit
-def _plain_gradient(of_z: Array, inputs: Inputs) -> Inputs:
-    (found,) = jax.vjp(_plain, inputs)[1](of_z)
-    return found
+def _plain_trace_gradient(into: Array | None, of_z: Array, inputs: Inputs, tick: Array) -> Array:
+    window = _windows(inputs.history, tick, inputs.weight1.shape[1])
+    (found,) = jax.vjp(lambda x: _model(x, *inputs[1:]), window)[1](of_z.T)
+    if into is None:
+        return found
+    before = jax.lax.dynamic_slice_in_dim(into, tick, window.shape[1], 1)
+    total = before + found.astype(into.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(into, total, tick, 1)
 
 
-def _plain_trace_gradient(of_z: Array, inputs: Inputs) -> Array:
-    return _plain_gradient(of_z, inputs).trace
+@jax.jit
+def _plain_weight_gradient(of_z: Array, inputs: Inputs, tick: Array) -> tuple[Array, ...]:
+    windows = _windows(inputs.history, tick, inputs.weight1.shape[1], len(of_z))
+    of_rows = of_z.reshape(-1, of_z.shape[-1]).T
+    found = jax.vjp(lambda *weights: _model(windows, *weights), *inputs[1:])[1](of_rows)
+    return tuple(value for value in found if value is not None)
 
 
-def _plain_weight_gradient(of_z: Array, inputs: Inputs) -> tuple[Array, ...]:
-    return tuple(a for a in _plain_gradient(of_z, inputs)[1:] if a is not None)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _trace_gradient(of_z: Array, inputs: Inputs, implementation: str | None) -> Array:
-    """The gradient of the traces; its own derivative goes through the plain path."""
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _trace_gradient(
+    into: Array | None, of_z: Array, inputs: Inputs, tick: Array, implementation: str | None
+) -> Array:
+    """The gradient of the traces (neurons, memory, rows), or ``into`` with that added; its own
+    derivative goes through the plain path."""
     decision = _decide(inputs, implementation, "backward")
     with usage.timed(decision):
-        if decision.implementation == "xla":
-            return _plain_trace_gradient(of_z, inputs)
+        if decision.implementation == "xla" or not inputs.history.size:
+            return _plain_trace_gradient(into, of_z, inputs, tick)
+        history, *weights = inputs
         return pallas_kernel.trace_gradient(
-            of_z, *inputs, config=decision.config, device=jax_device()
+            into, of_z, history, tick, *weights, config=decision.config, device=jax_device()
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _weight_gradient(of_z: Array, inputs: Inputs, implementation: str | None) -> tuple[Array, ...]:
-    """The gradients of the weights; their own derivative goes through the plain path."""
-    decision = _decide(inputs, implementation, "weight_gradient")
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _weight_gradient(
+    of_z: Array, inputs: Inputs, tick: Array, implementation: str | None
+) -> tuple[Array, ...]:
+    """The gradients of the weights, of a tick and those that follow; their own derivative goes
+    through the plain path."""
+    decision = _decide(inputs, implementation, "weight_gradient", len(of_z))
     with usage.timed(decision):
-        if decision.implementation == "xla":
-            return _plain_weight_gradient(of_z, inputs)
+        if decision.implementation == "xla" or not of_z.size:
+            return _plain_weight_gradient(of_z, inputs, tick)
+        history, *weights = inputs
         return pallas_kernel.weight_gradient(
-            of_z, *inputs, config=decision.config, device=jax_device()
+            of_z, history, tick, *weights, config=decision.config, device=jax_device()
         )
 
 
-def _with_plain_derivative(gradient: Any, plain: Callable[[Array, Inputs], Any]) -> None:
-    def forward(of_z: Array, inputs: Inputs, implementation: str | None) -> Any:
-        return gradient(of_z, inputs, implementation), (of_z, inputs)
+def _with_plain_derivative(gradient: Any, plain: Callable[..., Any]) -> None:
+    def forward(*given: Any) -> Any:
+        return gradient(*given), given[:-1]
 
-    def backward(_: str | None, saved: tuple[Array, Inputs], cotangents: Any) -> Any:
+    def backward(_: str | None, saved: Any, cotangents: Any) -> Any:
         return jax.vjp(plain, *saved)[1](cotangents)
 
     gradient.defvjp(forward, backward)

@@ -1,8 +1,9 @@
 """Pallas kernels of the neuron-level model.
 
-A program holds one neuron and a block of rows: batched dots are not lowered, so traces come neuron
-by neuron, (neurons, rows, memory). What fills up a tile is masked by hand. The gradients compute
-the hidden layer again; those of the weights are written for each block of rows, and XLA adds them.
+A program holds one neuron: batched dots are not lowered. Its past is (length, rows) of a history
+(neurons, length, rows), in which a trace is the tile of ``memory`` times from a tick on, read where
+it lies; what fills up the tile is masked by hand. Times and hidden units are rows of a tile, and
+samples its columns. The gradients compute the hidden layer again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..core.jax_functions import ACTIVATIONS
 from .spec import Config, padded
 
 _STATIC = ("config", "device")
+_PROGRAMS_PER_PROCESSOR = 4
 
 
 class _Sizes(NamedTuple):
@@ -28,6 +30,7 @@ class _Sizes(NamedTuple):
 
     rows: int
     neurons: int
+    length: int
     memory: int
     hidden: int
     block_rows: int
@@ -38,8 +41,9 @@ class _Sizes(NamedTuple):
         return self.hidden or self.memory
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.neurons, pl.cdiv(self.rows, self.block_rows)
+    def blocks(self) -> int:
+        """Of rows."""
+        return pl.cdiv(self.rows, self.block_rows)
 
 
 def _side(size: int) -> int:
@@ -47,12 +51,12 @@ def _side(size: int) -> int:
     return padded(size) if pallas.masks_blocks() else size
 
 
-def _real(shape: tuple[int, ...], rows: Any, columns: int) -> Array:
+def _real(shape: tuple[int, ...], rows: Any, columns: Any) -> Array:
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row < rows) & (jax.lax.broadcasted_iota(jnp.int32, shape, 1) < columns)
 
 
-def _load(reference: Any, rows: Any, columns: int) -> Array:
+def _load(reference: Any, rows: Any, columns: Any) -> Array:
     """A tile of which ``rows`` x ``columns`` exist, with zeros elsewhere."""
     real = _real(reference.shape, rows, columns)
     if pallas.masks_blocks():
@@ -60,48 +64,63 @@ def _load(reference: Any, rows: Any, columns: int) -> Array:
     return jnp.where(real, pallas.load(reference), jnp.zeros_like(reference))
 
 
-def _store(reference: Any, value: Array, rows: Any, columns: int) -> None:
+def _store(reference: Any, value: Array, rows: Any, columns: Any) -> None:
     real = _real(reference.shape, rows, columns) if pallas.masks_blocks() else None
     pallas.store(reference, value.astype(reference.dtype), real)
 
 
-class _Layers:
-    """Both layers of one neuron for a block of rows, from the references of their inputs."""
+def _window(reference: Any, tick: Any, row: Any, sizes: _Sizes) -> Any:
+    """The traces of a block of rows at a tick, (times, rows), in a history's reference."""
+    return reference.at[pl.ds(tick, _side(sizes.memory)), pl.ds(row, sizes.block_rows)]
+
+
+class _Weights:
+    """Of one neuron, from the references of a call."""
 
     def __init__(self, references: list[Any], sizes: _Sizes) -> None:
-        self.rows = sizes.rows - pl.program_id(1) * sizes.block_rows
-        self.x = _load(references.pop(0), self.rows, sizes.memory)
-        self.inner = self.x.astype(jnp.float32)
+        self.hidden = sizes.hidden
         if sizes.hidden:
             self.first = [_load(references.pop(0), sizes.memory, sizes.hidden) for _ in range(2)]
-            biases = [_load(references.pop(0), 1, sizes.hidden) for _ in range(2)]
-            products = [pallas.dot(self.x, weight) for weight in self.first]
+            self.first_bias = [
+                _load(references.pop(0), sizes.hidden, 1).astype(jnp.float32) for _ in range(2)
+            ]
+        self.last = [
+            _load(references.pop(0), sizes.units, 1).astype(jnp.float32) for _ in range(2)
+        ]
+        self.last_bias = [_load(references.pop(0), 1, 1).astype(jnp.float32) for _ in range(2)]
+
+
+class _Layers:
+    """Both layers of one neuron for a tile of traces."""
+
+    def __init__(self, x: Array, weights: _Weights) -> None:
+        self.x, self.weights = x, weights
+        self.inner = x.astype(jnp.float32)
+        if weights.hidden:
+            products = [pallas.dot(weight, x, transpose_left=True) for weight in weights.first]
             # An infinite x makes NaN of the zeros beyond the hidden layer.
-            real = _real(products[0].shape, self.rows, sizes.hidden)
+            real = _real(products[0].shape, weights.hidden, x.shape[1])
             self.value, gate = (
-                jnp.where(real, product + bias.astype(jnp.float32), 0.0)
-                for product, bias in zip(products, biases, strict=True)
+                jnp.where(real, product + bias, 0.0)
+                for product, bias in zip(products, weights.first_bias, strict=True)
             )
             self.opened = _sigmoid(gate)
             self.inner = self.value * self.opened
-        self.last = [
-            _load(references.pop(0), 1, sizes.units).astype(jnp.float32) for _ in range(2)
-        ]
-        biases = [_load(references.pop(0), 1, 1).astype(jnp.float32) for _ in range(2)]
         self.v, u = (
-            jnp.sum(self.inner * weight, axis=1, keepdims=True) + bias
-            for weight, bias in zip(self.last, biases, strict=True)
+            jnp.sum(self.inner * weight, axis=0, keepdims=True) + bias
+            for weight, bias in zip(weights.last, weights.last_bias, strict=True)
         )
         self.o = _sigmoid(u)
 
-    def of_last(self, reference: Any) -> tuple[Array, Array]:
-        """The gradients of value and gate of the last layer, as columns."""
-        of_z = _load(reference, self.rows, 1).astype(jnp.float32)
-        return of_z * self.o, of_z * self.o * self.v * (1.0 - self.o)
+    def of_last(self, of_z: Array) -> tuple[Array, Array]:
+        """The gradients of value and gate of the last layer, as lines."""
+        of_v = of_z.astype(jnp.float32) * self.o
+        return of_v, of_v * self.v * (1.0 - self.o)
 
     def of_first(self, of_v: Array, of_u: Array) -> tuple[Array, Array]:
         """The gradients of value and gate of the first layer."""
-        of_value = (of_v * self.last[0] + of_u * self.last[1]) * self.opened
+        to_value, to_gate = self.weights.last
+        of_value = (of_v * to_value + of_u * to_gate) * self.opened
         return of_value, of_value * self.value * (1.0 - self.opened)
 
 
@@ -109,110 +128,167 @@ def _sigmoid(x: Array) -> Array:
     return ACTIVATIONS["Sigmoid"](x)[0]
 
 
-def _forward_kernel(*references: Any, sizes: _Sizes) -> None:
-    inputs = list(references[:-1])
-    layers = _Layers(inputs, sizes)
-    _store(references[-1], layers.v * layers.o, layers.rows, 1)
+def _forward_kernel(tick: Any, history: Any, *references: Any, sizes: _Sizes) -> None:
+    *inputs, z = references
+    row = pl.program_id(1) * sizes.block_rows
+    rows = sizes.rows - row
+    weights = _Weights(inputs, sizes)
+    x = _load(_window(history, tick[0], row, sizes), sizes.memory, rows)
+    layers = _Layers(x, weights)
+    _store(z, layers.v * layers.o, 1, rows)
 
 
-def _trace_gradient_kernel(*references: Any, sizes: _Sizes) -> None:
-    inputs = list(references[:-1])
-    layers = _Layers(inputs, sizes)
-    of_v, of_u = layers.of_last(inputs.pop(0))
+def _trace_gradient_kernel(
+    tick: Any, history: Any, *references: Any, sizes: _Sizes, add: bool
+) -> None:
+    *inputs, result = references
+    row = pl.program_id(1) * sizes.block_rows
+    rows = sizes.rows - row
+    weights = _Weights(inputs, sizes)
+    of_z, *into = inputs
+    x = _load(_window(history, tick[0], row, sizes), sizes.memory, rows)
+    layers = _Layers(x, weights)
+    of_v, of_u = layers.of_last(_load(of_z, 1, rows))
     if sizes.hidden:
+        of_first = layers.of_first(of_v, of_u)
         of_x: Any = sum(
-            pallas.dot(of_first.astype(layers.x.dtype), weight, transpose_right=True)
-            for of_first, weight in zip(layers.of_first(of_v, of_u), layers.first, strict=True)
+            pallas.dot(weight, of_part.astype(x.dtype))
+            for weight, of_part in zip(weights.first, of_first, strict=True)
         )
     else:
-        of_x = of_v * layers.last[0] + of_u * layers.last[1]
-    _store(references[-1], of_x, layers.rows, sizes.memory)
+        of_x = weights.last[0] * of_v + weights.last[1] * of_u
+    target = _window(result, 0, row, sizes)
+    if add:
+        if not pallas.masks_blocks():  # the block does not start as what it is written to
+            result[...] = into[0][...]
+        target = _window(result, tick[0], row, sizes)
+        of_x += _load(_window(into[0], tick[0], row, sizes), sizes.memory, rows)
+    _store(target, of_x, sizes.memory, rows)
 
 
-def _weight_gradient_kernel(*references: Any, sizes: _Sizes) -> None:
+def _weight_gradient_kernel(
+    tick: Any, history: Any, *references: Any, sizes: _Sizes, ticks: int, tiles: int
+) -> None:
+    """The share of ``tiles`` tiles, which are blocks of rows of a tick."""
     count = 8 if sizes.hidden else 4
-    inputs, outputs = list(references[:-count]), list(references[-count:])
-    layers = _Layers(inputs, sizes)
-    of_last = layers.of_last(inputs.pop(0))
+    inputs, outputs = list(references[:-count]), references[-count:]
+    weights = _Weights(inputs, sizes)
+    (of_z,) = inputs
+    first = pl.program_id(1) * tiles
+
+    def step(index: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        tile = first + index
+        now, row = jax.lax.div(tile, sizes.blocks), jax.lax.rem(tile, sizes.blocks)
+        row = row * sizes.block_rows
+        rows = jnp.where(now < ticks, sizes.rows - row, 0)
+        x = _load(_window(history, tick[0] + now, row, sizes), sizes.memory, rows)
+        layers = _Layers(x, weights)
+        line = of_z.at[pl.ds(now, 1), pl.ds(row, sizes.block_rows)]
+        of_last = layers.of_last(_load(line, 1, rows))
+        shares = []
+        if sizes.hidden:
+            of_first = layers.of_first(*of_last)
+            shares += [
+                pallas.dot(x, of_part.astype(x.dtype), transpose_right=True)
+                for of_part in of_first
+            ]
+            shares += [jnp.sum(of_part, axis=1, keepdims=True) for of_part in of_first]
+        shares += [
+            jnp.sum(layers.inner * of_part, axis=1, keepdims=True) for of_part in of_last
+        ]
+        shares += [jnp.sum(of_part, axis=1, keepdims=True) for of_part in of_last]
+        return tuple(total + share for total, share in zip(sums, shares, strict=True))
+
+    zeros = tuple(jnp.zeros(output.shape, jnp.float32) for output in outputs)
+    sums = jax.lax.fori_loop(0, tiles, step, zeros)
+    for output, total, sides in zip(outputs, sums, _sides_of_weights(sizes), strict=True):
+        _store(output, total, *sides)
+
+
+def _sides_of_weights(sizes: _Sizes) -> list[tuple[int, int]]:
+    """Of each half, value before gate, of the weights and biases, layer by layer."""
+    sides = [(sizes.units, 1)] * 2 + [(1, 1)] * 2
     if sizes.hidden:
-        of_first = layers.of_first(*of_last)
-        for of_part in of_first:
-            of_weight = pallas.dot(layers.x, of_part.astype(layers.x.dtype), transpose_left=True)
-            _store(outputs.pop(0), of_weight, sizes.memory, sizes.hidden)
-        for of_part in of_first:
-            of_bias = jnp.sum(of_part, axis=0, keepdims=True)
-            _store(outputs.pop(0), of_bias, 1, sizes.hidden)
-    for of_part in of_last:
-        of_weight = jnp.sum(of_part * layers.inner, axis=0, keepdims=True)
-        _store(outputs.pop(0), of_weight, 1, sizes.units)
-    for of_part in of_last:
-        _store(outputs.pop(0), jnp.sum(of_part, axis=0, keepdims=True), 1, 1)
+        sides = [(sizes.memory, sizes.hidden)] * 2 + [(sizes.hidden, 1)] * 2 + sides
+    return sides
 
 
-def _lines(array: Array, width: int) -> tuple[list[Array], list[Any]]:
-    """``array`` (neurons, 2, width) as two arguments, a line each, and their blocks."""
-    array = array.reshape(array.shape[0], 2, 1, width)
-    side = _side(width) if width > 1 else 1
-    return [array, array], [
-        pl.BlockSpec((None, None, 1, side), partial(_half_line, half)) for half in range(2)
-    ]
+def _tile(sides: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = (_side(side) if side > 1 else 1 for side in sides)
+    return rows, columns
 
 
-def _half_line(half: int, neuron: Any, _: Any) -> tuple[Any, ...]:
-    return neuron, half, 0, 0
-
-
-def _first_weights(weight: Array, sizes: _Sizes) -> tuple[list[Array], list[Any]]:
-    """Values' and gates' columns of the first layer, and their blocks."""
-    weight = weight.reshape(sizes.neurons, sizes.memory, 2, sizes.hidden)
-    sides = _side(sizes.memory), _side(sizes.hidden)
+def _halves(array: Array, sides: tuple[int, int]) -> tuple[list[Array], list[Any]]:
+    """Values and gates of (neurons, rows, 2 * columns) as two arguments, and their blocks."""
+    array = array.reshape(array.shape[0], sides[0], 2, sides[1])
+    rows, columns = _tile(sides)
     if pallas.masks_blocks():
-        return [weight, weight], [
-            pl.BlockSpec((None, sides[0], None, sides[1]), partial(_half_columns, half))
+        return [array, array], [
+            pl.BlockSpec((None, rows, None, columns), partial(_half_columns, half))
             for half in range(2)
         ]
-    block = pl.BlockSpec((None, *sides), lambda neuron, _: (neuron, 0, 0))
-    return [weight[:, :, 0], weight[:, :, 1]], [block, block]
+    block = pl.BlockSpec((None, rows, columns), lambda neuron, _: (neuron, 0, 0))
+    return [array[:, :, 0], array[:, :, 1]], [block, block]
 
 
 def _half_columns(half: int, neuron: Any, _: Any) -> tuple[Any, ...]:
     return neuron, 0, half, 0
 
 
-def _columns(sizes: _Sizes, width: int) -> Any:
-    """The block of rows of an array (neurons, rows, width)."""
-    side = _side(width) if width > 1 else 1
-    return pl.BlockSpec((None, sizes.block_rows, side), lambda neuron, block: (neuron, block, 0))
+def _half_lines(array: Array, units: int) -> tuple[list[Array], list[Any]]:
+    """Values and gates of (neurons, 2 * units), as columns, and their blocks."""
+    array = array.reshape(array.shape[0], 2, units, 1)
+    block = None, None, *_tile((units, 1))
+    return [array, array], [
+        pl.BlockSpec(block, partial(_half_column, half)) for half in range(2)
+    ]
+
+
+def _half_column(half: int, neuron: Any, _: Any) -> tuple[Any, ...]:
+    return neuron, half, 0, 0
+
+
+def _whole(array: Array) -> Any:
+    """The block that holds all of a neuron."""
+    return pl.BlockSpec((None, *array.shape[1:]), lambda neuron, _: (neuron, 0, 0))
+
+
+def _line(sizes: _Sizes) -> Any:
+    """A block of rows of (neurons, 1, rows)."""
+    return pl.BlockSpec((None, 1, sizes.block_rows), lambda neuron, block: (neuron, 0, block))
 
 
 def _inputs(
-    trace: Array,
+    history: Array,
+    tick: Array,
     weight1: Array,
     bias1: Array,
     weight2: Array | None,
     bias2: Array | None,
-    of_z: Array | None,
     config: Config,
 ) -> tuple[_Sizes, list[Array], list[Any]]:
     """Sizes, arguments and blocks of a call."""
-    rows, neurons, memory = trace.shape
+    neurons, length, rows = history.shape
+    memory = weight1.shape[1]
     hidden = 0 if weight2 is None else weight2.shape[1]
-    sizes = _Sizes(rows, neurons, memory, hidden, config.block_rows)
-    pairs = [([trace.transpose(1, 0, 2)], [_columns(sizes, memory)])]
+    # A TPU block may be as long as its array, and its parts not be masked.
+    block_rows = config.block_rows if pallas.masks_blocks() else rows
+    sizes = _Sizes(rows, neurons, length, memory, hidden, block_rows)
+    tick = jnp.clip(jnp.asarray(tick, jnp.int32), 0, length - memory).reshape(1)
+    pairs = [([tick], [pallas.scalar_block()]), ([history], [_whole(history)])]
     last, last_bias = weight1, bias1
     if weight2 is not None and bias2 is not None:
         last, last_bias = weight2, bias2
-        pairs += [_first_weights(weight1, sizes), _lines(bias1, hidden)]
-    pairs += [_lines(last.mT, sizes.units), _lines(last_bias, 1)]
-    if of_z is not None:
-        pairs.append(([of_z.T[:, :, None]], [_columns(sizes, 1)]))
+        pairs += [_halves(weight1, (memory, hidden)), _half_lines(bias1, hidden)]
+    pairs += [_halves(last, (sizes.units, 1)), _half_lines(last_bias, 1)]
     arguments = [array for arrays, _ in pairs for array in arrays]
     return sizes, arguments, [block for _, blocks in pairs for block in blocks]
 
 
 @partial(jax.jit, static_argnames=_STATIC)
 def forward(
-    trace: Array,
+    history: Array,
+    tick: Array,
     weight1: Array,
     bias1: Array,
     weight2: Array | None,
@@ -221,25 +297,28 @@ def forward(
     config: Config,
     device: Device,
 ) -> Array:
-    """Launch on ``trace`` (rows, neurons, memory), rows > 0; ``device`` keys the compiled code."""
-    sizes, arguments, specs = _inputs(trace, weight1, bias1, weight2, bias2, None, config)
+    """z, (rows, neurons), of the traces at a tick of ``history`` (neurons, length, rows), rows > 0;
+    ``device`` keys the compiled code."""
+    sizes, arguments, specs = _inputs(history, tick, weight1, bias1, weight2, bias2, config)
     z = pallas.call(
         partial(_forward_kernel, sizes=sizes),
-        out_shape=jax.ShapeDtypeStruct((sizes.neurons, sizes.rows, 1), trace.dtype),
-        grid=sizes.grid,
+        out_shape=jax.ShapeDtypeStruct((sizes.neurons, 1, sizes.rows), history.dtype),
+        grid=(sizes.neurons, sizes.blocks),
         in_specs=specs,
-        out_specs=_columns(sizes, 1),
+        out_specs=_line(sizes),
         num_warps=config.num_warps,
         num_stages=1,
         name="neuron_level_model",
     )(*arguments)
-    return z[:, :, 0].T
+    return z[:, 0].T
 
 
 @partial(jax.jit, static_argnames=_STATIC)
 def trace_gradient(
+    into: Array | None,
     of_z: Array,
-    trace: Array,
+    history: Array,
+    tick: Array,
     weight1: Array,
     bias1: Array,
     weight2: Array | None,
@@ -248,26 +327,37 @@ def trace_gradient(
     config: Config,
     device: Device,
 ) -> Array:
-    """The gradient of ``trace`` for that of z, (rows, neurons)."""
-    sizes, arguments, specs = _inputs(trace, weight1, bias1, weight2, bias2, of_z, config)
-    shape = sizes.neurons, sizes.rows, sizes.memory
-    of_trace = pallas.call(
-        partial(_trace_gradient_kernel, sizes=sizes),
-        out_shape=jax.ShapeDtypeStruct(shape, trace.dtype),
-        grid=sizes.grid,
+    """The gradient (neurons, memory, rows) of the traces at a tick for that of z, (rows, neurons);
+    or ``into``, a gradient of ``history``, with that added where they lie, in place."""
+    sizes, arguments, specs = _inputs(history, tick, weight1, bias1, weight2, bias2, config)
+    arguments.append(of_z.T[:, None])
+    specs.append(_line(sizes))
+    shape, aliases = (sizes.neurons, sizes.memory, sizes.rows), {}
+    result = jax.ShapeDtypeStruct(shape, history.dtype)
+    if into is not None:
+        result = jax.ShapeDtypeStruct(into.shape, into.dtype)
+        aliases = {len(arguments): 0}
+        arguments.append(into)
+        specs.append(_whole(into))
+    found: Array = pallas.call(
+        partial(_trace_gradient_kernel, sizes=sizes, add=into is not None),
+        out_shape=result,
+        grid=(sizes.neurons, sizes.blocks),
         in_specs=specs,
-        out_specs=_columns(sizes, sizes.memory),
+        out_specs=_whole(result),
         num_warps=config.num_warps,
         num_stages=1,
         name="neuron_level_model_trace_gradient",
+        input_output_aliases=aliases,
     )(*arguments)
-    return of_trace.transpose(1, 0, 2)
+    return found
 
 
 @partial(jax.jit, static_argnames=_STATIC)
 def weight_gradient(
     of_z: Array,
-    trace: Array,
+    history: Array,
+    tick: Array,
     weight1: Array,
     bias1: Array,
     weight2: Array | None,
@@ -276,34 +366,43 @@ def weight_gradient(
     config: Config,
     device: Device,
 ) -> tuple[Array, ...]:
-    """The gradients of the weights that there are."""
-    sizes, arguments, specs = _inputs(trace, weight1, bias1, weight2, bias2, of_z, config)
-    sides = [(1, sizes.units)] * 2 + [(1, 1)] * 2
-    if sizes.hidden:
-        sides = [(sizes.memory, sizes.hidden)] * 2 + [(1, sizes.hidden)] * 2 + sides
-    blocks = sizes.grid[1]
+    """The gradients of the weights that there are, for those of z at a tick and those that follow,
+    (ticks, rows, neurons)."""
+    sizes, arguments, specs = _inputs(history, tick, weight1, bias1, weight2, bias2, config)
+    arguments.append(of_z.transpose(2, 0, 1))
+    specs.append(_whole(arguments[-1]))
+    parts, tiles = _parts(sizes, len(of_z), device)
     results = pallas.call(
-        partial(_weight_gradient_kernel, sizes=sizes),
+        partial(_weight_gradient_kernel, sizes=sizes, ticks=len(of_z), tiles=tiles),
         out_shape=[
-            jax.ShapeDtypeStruct((blocks, sizes.neurons, *pair), jnp.float32) for pair in sides
+            jax.ShapeDtypeStruct((parts, sizes.neurons, *sides), jnp.float32)
+            for sides in _sides_of_weights(sizes)
         ],
-        grid=sizes.grid,
+        grid=(sizes.neurons, parts),
         in_specs=specs,
         out_specs=[
-            pl.BlockSpec(
-                (None, None, *(_side(side) if side > 1 else 1 for side in pair)),
-                lambda neuron, block: (block, neuron, 0, 0),
-            )
-            for pair in sides
+            pl.BlockSpec((None, None, *_tile(sides)), lambda neuron, part: (part, neuron, 0, 0))
+            for sides in _sides_of_weights(sizes)
         ],
         num_warps=config.num_warps,
         num_stages=1,
         name="neuron_level_model_weight_gradient",
     )(*arguments)
-    sums = [part.sum(0).astype(trace.dtype) for part in results]
+    sums = [part.sum(0).astype(history.dtype) for part in results]
     *first, value, gate, value_bias, gate_bias = sums
-    weight = jnp.stack((value[:, 0], gate[:, 0]), -1)
-    bias = jnp.concatenate((value_bias, gate_bias), -1)[:, 0]
+    weight = jnp.concatenate((value, gate), -1)
+    bias = jnp.concatenate((value_bias, gate_bias), 1)[:, :, 0]
     if not first:
         return weight, bias
-    return jnp.concatenate(first[:2], -1), jnp.concatenate(first[2:], -1)[:, 0], weight, bias
+    return jnp.concatenate(first[:2], -1), jnp.concatenate(first[2:], 1)[:, :, 0], weight, bias
+
+
+def _parts(sizes: _Sizes, ticks: int, device: Device) -> tuple[int, int]:
+    """Into how many parts the tiles are divided, and the tiles of one: enough programs to fill the
+    device, no more, since each part has sums of its own."""
+    total = ticks * sizes.blocks
+    if not pallas.masks_blocks():
+        return 1, total
+    wanted = max(_PROGRAMS_PER_PROCESSOR * device.processors // max(sizes.neurons, 1), 1)
+    tiles = pl.cdiv(total, min(total, wanted))
+    return pl.cdiv(total, tiles), tiles

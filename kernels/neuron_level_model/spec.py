@@ -185,3 +185,33 @@ def check_shapes(shapes: Mapping[str, Shape | None]) -> None:
                 f"{name} has shape {got}; with trace {trace} and weight1 {weight1} it must be "
                 f"{shape}"
             )
+
+
+def check_history(shapes: Mapping[str, Shape | None], tick: object = 0) -> None:
+    """Raise ValueError, naming the argument, for shapes that do not fit to a history (neurons,
+    length, rows), or a tick known to be outside."""
+    history, weight1 = tuple(shapes["history"] or ()), tuple(shapes["weight1"] or ())
+    memory = weight1[1] if len(weight1) == 3 else 1
+    if len(history) != 3 or not 1 <= memory <= history[1]:
+        raise ValueError(
+            f"history has shape {history}; it must be (neurons, length, rows), with weight1 "
+            f"{weight1} of a length of at least {memory}"
+        )
+    neurons, length, rows = history
+    if isinstance(tick, int) and not 0 <= tick <= length - memory:
+        raise ValueError(
+            f"tick is {tick}; in a history of length {length} traces of {memory} begin at 0 to "
+            f"{length - memory}"
+        )
+    rest = {name: shape for name, shape in shapes.items() if name.startswith(("weight", "bias"))}
+    check_shapes({"trace": (rows, neurons, memory), **rest})
+    wanted = {"of_z": (rows, neurons), "into": history}
+    for name, shape in wanted.items():
+        got = shapes.get(name)
+        if name == "of_z" and got is not None and "into" not in shapes:
+            shape = (length - memory + 1, *shape)
+        if got is not None and tuple(got) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(got)}; with history {history} and weight1 {weight1} it "
+                f"must be {shape}"
+            )

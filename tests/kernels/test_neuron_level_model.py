@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,17 @@ jax = pytest.importorskip("jax", reason="jax is not installed")
 import jax.numpy as jnp  # noqa: E402
 
 from ml_networks.kernels import explain  # noqa: E402
-from ml_networks.kernels.core import device, dispatch, pallas  # noqa: E402
+from ml_networks.kernels.core import device, dispatch, pallas, testing, usage  # noqa: E402
 from ml_networks.kernels.core.errors import UnsupportedImplementationError  # noqa: E402
 from ml_networks.kernels.core.problem import Case  # noqa: E402
 from ml_networks.kernels.jax import neuron_level_model as jax_model  # noqa: E402
+from ml_networks.kernels.jax import neuron_level_model_at_tick as at_tick  # noqa: E402
+from ml_networks.kernels.jax import (  # noqa: E402
+    neuron_level_model_trace_gradient as jax_trace_gradient,
+)
+from ml_networks.kernels.jax import (  # noqa: E402
+    neuron_level_model_weight_gradient as jax_weight_gradient,
+)
 from ml_networks.kernels.neuron_level_model import reference, spec, torch_op  # noqa: E402
 from ml_networks.kernels.torch import (  # noqa: E402
     neuron_level_model,
@@ -320,8 +328,6 @@ def test_the_custom_ops(hidden: int) -> None:
 
 @each
 def test_a_gradient_that_nobody_wants_is_not_taken(implementation: str) -> None:
-    from ml_networks.kernels.core import usage
-
     trace, *weights = tensors_of(inputs_of()).values()
     for frozen, direction in ((0, "backward"), (1, "weight_gradient")):
         leaves = [trace.detach(), *(value.detach() for value in weights)]
@@ -421,3 +427,132 @@ def test_transforms(implementation: str) -> None:
             for name, value in found.items():
                 np.testing.assert_allclose(value[index], exact[name], rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose((ahead - behind) / 0.02, jnp.linalg.norm(slope), rtol=0.01)
+
+
+def history_of(ticks: int, rows: int, memory: int, hidden: int, dtype: Any) -> list[jax.Array]:
+    """A history (D, L, B), weights and the gradient of each tick's activations."""
+    inputs = inputs_of(rows, 3, memory, hidden)
+    inputs["history"] = draw(3, ticks + memory - 1, rows)
+    values = [*inputs.values(), draw(ticks, rows, 3)]
+    return [jnp.asarray(value, dtype) for value in values]
+
+
+def by_hand(history: jax.Array, *rest: jax.Array, implementation: str) -> list[jax.Array]:
+    """What a loop over ticks does: activations, and the gradients of history and weights."""
+    *weights, of_z = rest
+    options = {"implementation": implementation}
+
+    def forward(_: Any, tick: jax.Array) -> Any:
+        return _, at_tick(history, tick, *weights, **options)
+
+    def backward(into: jax.Array, xs: Any) -> Any:
+        tick, of_tick = xs
+        found = jax_trace_gradient(of_tick, history, tick, *weights, into=into, **options)
+        return found, None
+
+    ticks = jnp.arange(len(of_z))
+    zeros = jnp.zeros(history.shape, jnp.promote_types(history.dtype, jnp.float32))
+    _, z = jax.lax.scan(forward, None, ticks)
+    of_history, _ = jax.lax.scan(backward, zeros, (ticks, of_z), reverse=True)
+    return [z, of_history, *jax_weight_gradient(of_z, history, *weights, **options)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@both_forms
+def test_ticks_of_a_history_in_place(hidden: int, dtype: str) -> None:
+    """Windows at any tick, more rows than a block, against the reference of each tick."""
+    ticks, rows, memory = 3, 70, 7
+    given = history_of(ticks, rows, memory, hidden, dtype)
+    history, *weights, of_z = (np.asarray(value, np.float64) for value in given)
+    named = dict(zip(WEIGHTS, weights, strict=False))
+    exact = [np.zeros((ticks, rows, 3)), np.zeros(history.shape)]
+    exact += [np.zeros(value.shape) for value in weights]
+    for tick in range(ticks):
+        inputs = {"history": history[:, tick : tick + memory].transpose(1, 2, 0), **named}
+        exact[0][tick] = reference.forward(inputs)["z"]
+        found = reference.backward(inputs, {"z": of_z[tick]})
+        exact[1][:, tick : tick + memory] += found.pop("history").transpose(2, 0, 1)
+        for total, name in zip(exact[2:], named, strict=True):
+            total += found[name]
+    errors = {}
+    for implementation in ("xla", "pallas"):
+        with pallas.interpret():
+            results = jax.jit(partial(by_hand, implementation=implementation))(*given)
+        errors[implementation] = [
+            testing.relative_error(np.asarray(got, np.float64), wanted)
+            for got, wanted in zip(results, exact, strict=True)
+        ]
+    rounding = testing.ULPS * testing.EPSILON[dtype]
+    for plain, fused in zip(*errors.values(), strict=True):
+        assert plain <= rounding
+        assert fused <= 2 * plain + rounding
+
+
+@pytest.mark.parametrize("target", ["sm_90", "tpu"])
+@both_forms
+def test_a_loop_by_hand_lowers(target: str, hidden: int) -> None:
+    for dtype in ("float32", "bfloat16"):
+        given = history_of(2, 70, 7, hidden, dtype)
+        text = pallas.lower(partial(by_hand, implementation="pallas"), *given, target_name=target)
+        assert text.count("custom_call @") >= 3
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_a_tick_is_differentiated_like_its_trace(implementation: str) -> None:
+    """First and second derivatives, also of the gradients as functions, and over more axes."""
+    history, *weights, of_z = history_of(2, 4, 3, 2, jnp.float32)
+    histories = jnp.stack([history, history[::-1]])
+
+    def by_tick(history: jax.Array, weights: Any, tick: Any) -> jax.Array:
+        return at_tick(history, tick, *weights, implementation=implementation)
+
+    def by_trace(history: jax.Array, weights: Any, tick: Any) -> jax.Array:
+        trace = jax.lax.dynamic_slice_in_dim(history, tick, 3, 1).transpose(2, 0, 1)
+        return jax_model(trace, *weights, implementation="xla")
+
+    def gradients(form: Any, history: jax.Array, weights: Any, tick: Any) -> Any:
+        return jax.vjp(lambda *given: form(*given, tick), history, weights)[1](of_z[0])
+
+    def size(form: Any, history: jax.Array, weights: Any) -> jax.Array:
+        found = jax.tree.leaves(gradients(form, history, weights, 1))
+        if form is by_tick:
+            options: Any = {"into": history * history, "implementation": implementation}
+            extra = jax_trace_gradient(of_z[1], history, 0, *weights, **options)
+            options.pop("into")
+            found += [extra, *jax_weight_gradient(of_z, history, *weights, **options)]
+        else:
+            (of_history,) = jax.vjp(lambda h: form(h, weights, 0), history)[1](of_z[1])
+            of_weights = [
+                jax.vjp(lambda w, tick=tick: form(history, w, tick), weights)[1](of_tick)[0]
+                for tick, of_tick in enumerate(of_z)
+            ]
+            found += [history * history + of_history, *map(jnp.add, *of_weights)]
+        return sum((value * value).sum() for value in found)
+
+    results = []
+    with pallas.interpret():
+        for form in (by_tick, by_trace):
+            both = jax.vmap(lambda h, t, form=form: gradients(form, h, weights, t))
+            second = jax.grad(partial(size, form), (0, 1))
+            both, second = jax.jit(both), jax.jit(second)
+            results.append((both(histories, jnp.arange(2)), second(history, weights)))
+    for got, wanted in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_bad_histories_are_named() -> None:
+    history, *weights, of_z = history_of(2, 4, 3, 2, jnp.float32)
+    with pytest.raises(ValueError, match=r"history has shape \(3, 2, 4\); .* at least 3"):
+        at_tick(history[:, :2], 0, *weights)
+    with pytest.raises(ValueError, match="tick is 2; .* begin at 0 to 1"):
+        at_tick(history, 2, *weights)
+    with pytest.raises(ValueError, match=r"of_z has shape \(4, 2\); .* must be \(4, 3\)"):
+        jax_trace_gradient(of_z[0, :, :2], history, 0, *weights, into=history)
+    with pytest.raises(ValueError, match=r"into has shape \(3, 3, 4\); .* must be \(3, 4, 4\)"):
+        jax_trace_gradient(of_z[0], history, 0, *weights, into=history[:, 1:])
+    with pytest.raises(TypeError, match="into must be a floating-point array, got int32"):
+        jax_trace_gradient(of_z[0], history, 0, *weights, into=history.astype(jnp.int32))
+    with pytest.raises(ValueError, match=r"of_z has shape \(1, 4, 3\); .* must be \(2, 4, 3\)"):
+        jax_weight_gradient(of_z[:1], history, *weights)
+    with pytest.raises(TypeError, match="weight1 is bfloat16 and history is float32"):
+        at_tick(history, 0, weights[0].astype(jnp.bfloat16), *weights[1:])
