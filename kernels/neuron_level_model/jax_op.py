@@ -262,8 +262,9 @@ def _windows(history: Array, tick: Array, memory: int, ticks: int = 1) -> Array:
         history = jax.lax.dynamic_slice_in_dim(history, tick, span, 1)
     if ticks == 1:
         return history
-    every = [history[:, first : first + ticks] for first in range(memory)]
-    return jnp.stack(every, 1).reshape(neurons, memory, ticks * rows)
+    some = partial(jax.lax.dynamic_slice_in_dim, history, slice_size=ticks, axis=1)
+    every = jax.vmap(some, out_axes=1)(jnp.arange(memory))
+    return every.reshape(neurons, memory, ticks * rows)
 
 
 def _model(x: Array, *weights: Array | None) -> Array:

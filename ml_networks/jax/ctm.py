@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -25,6 +25,7 @@ from ml_networks.config import (
 )
 from ml_networks.jax.base import BaseModule
 from ml_networks.jax.ctm_backbones import ctm_backbone
+from ml_networks.jax.ctm_loop import Loop, layers_of, neuron_weights_of, think
 from ml_networks.jax.layers import Identity, MultiheadAttention
 from ml_networks.jax.neurons import NeuronLevelModel
 from ml_networks.jax.positions import positional_embedding
@@ -61,6 +62,10 @@ class _Look:
     in_bias: Array
     out_weight: Array
     out_bias: Array
+
+    def astype(self, dtype: Any) -> _Look:
+        """The same in another dtype."""
+        return _Look(*(getattr(self, field.name).astype(dtype) for field in fields(self)))
 
     def __call__(self, synchronisation: Array, dropout: Any) -> tuple[Array, Array]:
         """Return what was read (B, heads V), and the weights (B, heads, S)."""
@@ -305,9 +310,8 @@ neuron_select_type, n_random_pairing_self, in_channels
         scale = (width // heads) ** -0.5
         in_weight = w_q @ self.q_proj.kernel[...].T * scale  # (heads, d, n)
         in_bias = (w_q @ self.q_proj.bias[...] + b_q) * scale
-        drops = not isinstance(attention.dropout, Identity) and not attention.dropout.deterministic
         # A dropped-out row of weights does not sum to 1, which absorbing counts on.
-        if drops or not absorbs_attention(features.shape[-1], width, heads):
+        if self._attention_drops() or not absorbs_attention(features.shape[-1], width, heads):
             kv = self.kv_norm(self.kv_linear(features))[:, None]
             keys = kv @ w_k.mT + b_k[:, None]
             values = kv @ w_v.mT + b_v[:, None]
@@ -364,12 +368,77 @@ neuron_select_type, n_random_pairing_self, in_channels
             (T, B, heads, 1, S).
         """
         features = self.compute_features(x)
-        dtype, batch = features.dtype, len(x)
+        dtype = features.dtype
         look = self._look(features.astype(self.q_proj.kernel[...].dtype))
-        look = _Look(*(getattr(look, field.name).astype(dtype) for field in fields(look)))
         weights = self.neurons.per_neuron()
-        first = self._first_layer(look, dtype)
         r, scale = (value.astype(dtype) for value in self._sums())
+        loop = self._loop(look, weights, r, scale, dtype)
+        look = look.astype(dtype)
+        seen: tuple[Any, ...] = ()
+        if loop is None:
+            activations, seen = self._ticks(look, weights, r, scale, track)
+        else:
+            activations, states, synchronisations = think(loop)
+            if track:
+                attended = jax.lax.map(lambda value: look(value, Identity())[1], synchronisations)
+                seen = synchronisations, states, attended[:, :, :, None]
+        synchronised = self._synchronisation_out(activations)
+        logits = self.projector(synchronised)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        predictions = logits.transpose(1, 2, 0)
+        certainties = self.compute_certainty(logits).transpose(1, 2, 0)
+        if not track:
+            return predictions, certainties, synchronised[-1]
+        out, post, action, pre, attention = (
+            np.asarray(value) for value in (synchronised, activations[1:], *seen)
+        )
+        return predictions, certainties, (out, action), pre, post, attention
+
+    def _loop(
+        self,
+        look: _Look,
+        neurons: list[tuple[Array, Array]],
+        r: Array,
+        scale: Array,
+        dtype: Any,
+    ) -> Loop | None:
+        """All that the ticks use, for one function with a gradient of its own; None where that
+        cannot be."""
+        layers, weights = layers_of(self.synapses), neuron_weights_of(self.neurons, neurons)
+        if layers is None or weights is None or self._attention_drops():
+            return None
+        layers = (replace(layers[0], linear=self._first_layer(look)), *layers[1:])
+        look = look.astype(dtype)
+        return Loop(
+            jnp.concatenate(self._pairs("action")),
+            self.start_activated_state[...].astype(dtype),
+            self.start_trace[...].astype(dtype),
+            r,
+            scale,
+            look.keys,
+            look.values,
+            look.in_weight,
+            look.in_bias,
+            tuple(weight.astype(dtype) for weight in weights),
+            tuple(
+                replace(layer, linear=tuple(weight.astype(dtype) for weight in layer.linear))
+                for layer in layers
+            ),
+        )
+
+    def _ticks(
+        self,
+        look: _Look,
+        weights: list[tuple[Array, Array]],
+        r: Array,
+        scale: Array,
+        track: bool,
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """The scan over the modules: activations (1 + T, B, D) and, if tracked, of every tick
+        synchronisation of the action neurons, state and attention weights.
+        """
+        dtype, batch = look.keys.dtype, len(look.keys)
+        first = self._synapses_of(look)
         left, right = self._pairs("action")
         # Dropout draws from counters that each tick moves on: they travel with the loop.
         parts: Any = nnx.split(self, nnx.RngState, ...)
@@ -400,25 +469,18 @@ neuron_select_type, n_random_pairing_self, in_channels
         carry, (activations, seen) = jax.lax.scan(tick, carry, scale)
         if self._drops():
             nnx.update(self, carry[-1])
-
-        synchronised = self._synchronisation_out(jnp.concatenate([start[None], activations]))
-        logits = self.projector(synchronised)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        predictions = logits.transpose(1, 2, 0)
-        certainties = self.compute_certainty(logits).transpose(1, 2, 0)
-        if not track:
-            return predictions, certainties, synchronised[-1]
-        out, post, action, pre, attended = (
-            np.asarray(value) for value in (synchronised, activations, *seen)
-        )
-        return predictions, certainties, (out, action), pre, post, attended
+        return jnp.concatenate([start[None], activations]), seen
 
     def _drops(self) -> bool:
         """Whether a dropout is at work."""
         layers = (node for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Dropout))
         return any(not layer.deterministic for layer in layers)
 
-    def _first_layer(self, look: _Look, dtype: Any) -> Callable[[Any, Array, Array], Array]:
+    def _attention_drops(self) -> bool:
+        dropout = self.attention.dropout
+        return not isinstance(dropout, Identity) and not dropout.deterministic
+
+    def _synapses_of(self, look: _Look) -> Callable[[Any, Array, Array], Array]:
         """The synapses as a function of themselves, what was read and z; the attention's last
         projection is multiplied into the first layer where no dropout stands between them.
         """
@@ -429,16 +491,23 @@ neuron_select_type, n_random_pairing_self, in_channels
                 return synapses(jnp.concatenate([attended, z], 1))
 
             return attend_first
-        layer = self.synapses.first_linear
-        assert layer.bias is not None
-        attended, thought = jnp.split(layer.kernel[...], [self.cfg.d_input])
-        kernel = jnp.concatenate([look.out_weight.T @ attended, thought]).astype(dtype)
-        bias = (look.out_bias @ attended + layer.bias[...]).astype(dtype)
+        kernel, bias = (value.astype(look.keys.dtype) for value in self._first_layer(look))
 
         def attend_in_first(synapses: Any, read: Array, z: Array) -> Array:
             return synapses.from_first(jnp.concatenate([read, z], 1) @ kernel + bias)
 
         return attend_in_first
+
+    def _first_layer(self, look: _Look) -> tuple[Array, Array]:
+        """Kernel and bias of the synapses' first layer for what was read and z, the attention's
+        last projection multiplied in.
+        """
+        is_unet = isinstance(self.synapses, SynapseUNET)
+        layer = self.synapses.first_linear if is_unet else self.synapses.linear
+        assert layer.bias is not None
+        attended, thought = jnp.split(layer.kernel[...], [self.cfg.d_input])
+        kernel = jnp.concatenate([look.out_weight.T @ attended, thought])
+        return kernel, look.out_bias @ attended + layer.bias[...]
 
     def _synchronisation_out(self, activations: Array) -> Array:
         """Synchronisation (T, B, n) of the output neurons from all activations (1 + T, B, D)."""
