@@ -175,8 +175,8 @@ def neuron_level_model_weight_gradient(
     *,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
-    """Return the gradients of the weights for those of :func:`neuron_level_model_at_tick`'s results
-    at all ticks of a history.
+    """Return the gradients of the weights for those of the results of
+    :func:`neuron_level_model_at_tick` at all ticks of a history.
 
     Parameters
     ----------
@@ -254,27 +254,30 @@ def _at_tick(inputs: Inputs, tick: Array, implementation: str | None) -> Array:
         return _plain(inputs, tick) if plain else _fused(inputs, tick, implementation)
 
 
-def _windows(history: Array, tick: Array, memory: int, ticks: int = 1) -> Array:
-    """The traces of some ticks, (neurons, memory, ticks * rows)."""
-    neurons, length, rows = history.shape
-    span = memory + ticks - 1
-    if length != span:
+def _windows(history: Array, tick: Array, memory: int, ticks: int | None = None) -> Array:
+    """The traces of a tick, (neurons, memory, rows), or of some, (neurons, memory, ticks,
+    rows)."""
+    span = memory if ticks is None else memory + ticks - 1
+    if history.shape[1] != span:
         history = jax.lax.dynamic_slice_in_dim(history, tick, span, 1)
-    if ticks == 1:
+    if ticks is None:
         return history
     some = partial(jax.lax.dynamic_slice_in_dim, history, slice_size=ticks, axis=1)
-    every = jax.vmap(some, out_axes=1)(jnp.arange(memory))
-    return every.reshape(neurons, memory, ticks * rows)
+    return jax.vmap(some, out_axes=1)(jnp.arange(memory))
 
 
 def _model(x: Array, *weights: Array | None) -> Array:
-    """z, (neurons, rows), of traces (neurons, memory, rows)."""
-    weight1, bias1, weight2, bias2 = weights
+    """z, (neurons, ...), of traces (neurons, memory, ...)."""
+    weight1, bias1, *last = weights
     assert weight1 is not None
     assert bias1 is not None
-    h = jax.nn.glu(jnp.einsum("nib,nio->nbo", x, weight1) + bias1[:, None])
-    if weight2 is not None and bias2 is not None:
-        h = jax.nn.glu(jnp.einsum("nbi,nio->nbo", h, weight2) + bias2[:, None])
+
+    def along(bias: Array) -> Array:
+        return bias.reshape(len(bias), *(1,) * (x.ndim - 2), -1)
+
+    h = jax.nn.glu(jnp.einsum("ni...,nio->n...o", x, weight1) + along(bias1))
+    if last[0] is not None and last[1] is not None:
+        h = jax.nn.glu(jnp.einsum("n...i,nio->n...o", h, last[0]) + along(last[1]))
     return h[..., 0]
 
 
@@ -332,8 +335,8 @@ def _plain_trace_gradient(into: Array | None, of_z: Array, inputs: Inputs, tick:
 @jax.jit
 def _plain_weight_gradient(of_z: Array, inputs: Inputs, tick: Array) -> tuple[Array, ...]:
     windows = _windows(inputs.history, tick, inputs.weight1.shape[1], len(of_z))
-    of_rows = of_z.reshape(-1, of_z.shape[-1]).T
-    found = jax.vjp(lambda *weights: _model(windows, *weights), *inputs[1:])[1](of_rows)
+    pull = jax.vjp(lambda *weights: _model(windows, *weights), *inputs[1:])[1]
+    found = pull(of_z.transpose(2, 0, 1))
     return tuple(value for value in found if value is not None)
 
 

@@ -1,9 +1,9 @@
 """Pallas kernels of the neuron-level model.
 
 A program holds one neuron: batched dots are not lowered. Its past is (length, rows) of a history
-(neurons, length, rows), in which a trace is the tile of ``memory`` times from a tick on, read where
-it lies; what fills up the tile is masked by hand. Times and hidden units are rows of a tile, and
-samples its columns. The gradients compute the hidden layer again.
+(neurons, length, rows), in which a trace is the tile of ``memory`` times from a tick on, read
+where it lies; what fills up the tile is masked by hand. Times and hidden units are rows of a tile,
+and samples its columns. The gradients compute the hidden layer again.
 """
 
 from __future__ import annotations
@@ -193,9 +193,7 @@ def _weight_gradient_kernel(
                 for of_part in of_first
             ]
             shares += [jnp.sum(of_part, axis=1, keepdims=True) for of_part in of_first]
-        shares += [
-            jnp.sum(layers.inner * of_part, axis=1, keepdims=True) for of_part in of_last
-        ]
+        shares += [jnp.sum(layers.inner * of_part, axis=1, keepdims=True) for of_part in of_last]
         shares += [jnp.sum(of_part, axis=1, keepdims=True) for of_part in of_last]
         return tuple(total + share for total, share in zip(sums, shares, strict=True))
 
@@ -239,16 +237,14 @@ def _half_lines(array: Array, units: int) -> tuple[list[Array], list[Any]]:
     """Values and gates of (neurons, 2 * units), as columns, and their blocks."""
     array = array.reshape(array.shape[0], 2, units, 1)
     block = None, None, *_tile((units, 1))
-    return [array, array], [
-        pl.BlockSpec(block, partial(_half_column, half)) for half in range(2)
-    ]
+    return [array, array], [pl.BlockSpec(block, partial(_half_column, half)) for half in range(2)]
 
 
 def _half_column(half: int, neuron: Any, _: Any) -> tuple[Any, ...]:
     return neuron, half, 0, 0
 
 
-def _whole(array: Array) -> Any:
+def _whole(array: Array | jax.ShapeDtypeStruct) -> Any:
     """The block that holds all of a neuron."""
     return pl.BlockSpec((None, *array.shape[1:]), lambda neuron, _: (neuron, 0, 0))
 
@@ -297,8 +293,8 @@ def forward(
     config: Config,
     device: Device,
 ) -> Array:
-    """z, (rows, neurons), of the traces at a tick of ``history`` (neurons, length, rows), rows > 0;
-    ``device`` keys the compiled code."""
+    """z, (rows, neurons), of the traces at a tick of ``history`` (neurons, length, rows), rows >
+    0; ``device`` keys the compiled code."""
     sizes, arguments, specs = _inputs(history, tick, weight1, bias1, weight2, bias2, config)
     z = pallas.call(
         partial(_forward_kernel, sizes=sizes),

@@ -12,8 +12,8 @@ over the modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -94,10 +94,10 @@ class Loop(NamedTuple):
     layers
         The synapses. The first takes what attention read, and the activations.
 
-    All but the norms' weights are of one dtype.
+    All but the norms' weights are of one dtype. The loop's gradient has no ``pairs``.
     """
 
-    pairs: Array
+    pairs: Array | None
     start: Array
     trace: Array
     r: Array
@@ -328,38 +328,38 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
         left, right = jnp.split(z[:, loop.pairs], 2, 1)
         of_pairs = jnp.concatenate([of_sum * right, of_sum * left], 1)
         of_z = of_x[:, width:].astype(exact).at[:, loop.pairs].add(of_pairs)
-        found = of_activation, of_sum, of_synchronisation, of_query, of_read, tuple(of_outputs), tuple(of_products)
+        found = (
+            of_activation,
+            of_sum,
+            of_synchronisation,
+            of_query,
+            of_read,
+            tuple(of_outputs),
+            tuple(of_products),
+        )
         return (of_z, of_sum, of_history), found
 
     of_history = jnp.zeros(history.shape, exact)
     carry = jnp.zeros(activations.shape[1:], exact), jnp.zeros(sums.shape[1:], exact), of_history
-    of_start, *of_later = of_activations.astype(exact)[:1], of_activations.astype(exact)[1:]
-    xs = jnp.arange(ticks), *of_later, loop.scale, activations[:-1], queries, products, outputs
+    of_start, of_later = of_activations[0].astype(exact), of_activations[1:].astype(exact)
+    xs = jnp.arange(ticks), of_later, loop.scale, activations[:-1], queries, products, outputs
     (of_z, _, of_history), found = jax.lax.scan(step, carry, xs, reverse=True)
     of_later, of_sums, of_synchronisations, of_queries, of_reads, of_outputs, of_products = found
 
     layers = []
     for number, layer in enumerate(loop.layers):
-        of_y = of_products[number]
         of_norms = _finish_gradient(
             layer, of_outputs[number], products[number], _skipped(layer, outputs), of_norms=True
         )
         x = outputs[number - 1] if number else jnp.concatenate([reads, activations[:-1]], 2)
-        layers.append(
-            Layer(
-                _linear_gradients(layer, of_y, x),
-                tuple(of_norms),
-                layer.eps,
-                layer.skip,
-                layer.gated,
-            )
-        )
+        of_linear = _linear_gradients(layer, of_products[number], x)
+        layers.append(replace(layer, linear=of_linear, norms=tuple(of_norms)))
     of_neurons, of_keys, of_values = _shared_gradients(
         loop, history, of_later.astype(dtype), queries, of_reads
     )
     found = Loop(
         None,
-        (of_start[0] + of_z).sum(0),
+        (of_start + of_z).sum(0),
         jnp.pad(of_history[:, : memory - 1].sum(2), ((0, 0), (1, 0))),
         (of_sums[1:] * sums[:-1]).sum((0, 1)),
         (of_synchronisations * sums).sum(1),
@@ -370,7 +370,9 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
         of_neurons,
         tuple(layers),
     )
-    return jax.tree.map(lambda value, like: value.astype(like.dtype), found, loop._replace(pairs=None))
+    return jax.tree.map(
+        lambda value, like: value.astype(like.dtype), found, loop._replace(pairs=None)
+    )
 
 
 def _shared_gradients(
@@ -419,6 +421,12 @@ def _implementation() -> str | None:
     return None if jax.device_count() == 1 else "xla"
 
 
+def _by_ticks(x: Array) -> bool:
+    """Whether an op takes the ticks one by one: all their rows at once are one axis, in which
+    samples could not stay divided among several devices."""
+    return x.ndim > 2 and jax.device_count() > 1
+
+
 def _queries(loop: Loop, synchronisations: Array) -> Array:
     """(..., B, n) to (..., B, 1 or heads, heads or 1, K)."""
     found = synchronisations @ loop.in_weight.T + loop.in_bias
@@ -452,6 +460,9 @@ def _linear(layer: Layer, x: Array) -> Array:
 def _hyper_linear(
     x: Array, kernel: Array, bias: Array, context: Array, context_bias: Array, *rest: Array
 ) -> Array:
+    if _by_ticks(x):
+        weights = kernel, bias, context, context_bias, *rest
+        return jax.vmap(lambda x: _hyper_linear(x, *weights))(x)
     c = jax.nn.silu(x @ context + context_bias)
     return hyper_lora_linear(x, kernel.T, bias, c, *rest, implementation=_implementation())
 
@@ -479,6 +490,9 @@ def _finish(layer: Layer, y: Array, *rest: Array) -> Array:
     """What follows the linear layer; ``rest`` is what is skipped, if anything, and the norms'
     weights."""
     skipped = rest[: -len(layer.norms)]
+    if _by_ticks(y):
+        axes = 0, *(0 for _ in skipped), *(None for _ in layer.norms)
+        return jax.vmap(partial(_finish, layer), axes)(y, *rest)
     weight, bias, *after = rest[-len(layer.norms) :]
     options: dict[str, Any] = {"eps": layer.eps, "implementation": _implementation()}
     if layer.gated:
@@ -491,15 +505,17 @@ def _finish(layer: Layer, y: Array, *rest: Array) -> Array:
 def _finish_gradient(
     layer: Layer, of_x: Array, y: Array, skipped: list[Array], of_norms: bool = False
 ) -> Sequence[Array]:
-    """The gradients of the linear layer's output and of what is skipped, if anything; or, if
-    wanted, of the linear layer's output and the norms' weights."""
+    """The gradients of the linear layer's output and of what is skipped, if anything; or of the
+    norms' weights."""
     found = jax.vjp(partial(_finish, layer), y, *skipped, *layer.norms)[1](of_x.astype(y.dtype))
     first = 1 + len(skipped)
     return found[first:] if of_norms else found[:first]
 
 
 def _silent(dropout: Any) -> bool:
-    return type(dropout) is Identity or (type(dropout) is nnx.Dropout and dropout.deterministic)
+    if type(dropout) is nnx.Dropout:
+        return bool(dropout.deterministic)
+    return type(dropout) is Identity
 
 
 def _is_affine(norm: Any) -> bool:
@@ -513,11 +529,11 @@ def _is_linear(linear: Any) -> bool:
 
 
 def _linear_weights(linear: Any) -> tuple[Array, ...]:
-    weights = [linear.kernel, linear.bias]
+    weights: list[Any] = [linear.kernel, linear.bias]
     if not isinstance(linear, HyperLoRALinear):
         return tuple(weight[...] for weight in weights)
     weights += [linear.context.kernel, linear.context.bias]
-    generators = [linear.to_gate, linear.to_u, linear.to_v]
+    generators: list[Any] = [linear.to_gate, linear.to_u, linear.to_v]
     rest = [array for made in generators for array in (made.kernel[...].T, made.bias[...])]
     return (*(weight[...] for weight in weights), *rest)
 
@@ -536,7 +552,8 @@ def layers_of(synapses: Any) -> tuple[Layer, ...] | None:
         projections, linears, norms = [synapses], [synapses.linear], [synapses.norm]
         kind = GatedSynapses
     if not (
-        all(type(part) is kind and _silent(part.dropout) for part in projections)
+        all(type(part) is kind for part in projections)
+        and all(_silent(part.dropout) for part in projections)
         and all(map(_is_linear, linears))
         and all(map(_is_affine, (*norms, *skip_norms)))
         and len({norm.eps for norm in (*norms, *skip_norms)}) == 1

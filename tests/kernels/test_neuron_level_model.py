@@ -544,7 +544,7 @@ def test_bad_histories_are_named() -> None:
     history, *weights, of_z = history_of(2, 4, 3, 2, jnp.float32)
     with pytest.raises(ValueError, match=r"history has shape \(3, 2, 4\); .* at least 3"):
         at_tick(history[:, :2], 0, *weights)
-    with pytest.raises(ValueError, match="tick is 2; .* begin at 0 to 1"):
+    with pytest.raises(ValueError, match=r"tick is 2; .* begin at 0 to 1"):
         at_tick(history, 2, *weights)
     with pytest.raises(ValueError, match=r"of_z has shape \(4, 2\); .* must be \(4, 3\)"):
         jax_trace_gradient(of_z[0, :, :2], history, 0, *weights, into=history)
