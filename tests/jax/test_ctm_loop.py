@@ -19,6 +19,23 @@ from ml_networks.jax import (
 )
 from tests.jax.cases_ctm import SMALL
 
+EXAMPLE: dict[str, Any] = {
+    "iterations": 50,
+    "d_model": 1024,
+    "d_input": 256,
+    "heads": 4,
+    "n_synch_out": 128,
+    "n_synch_action": 128,
+    "synapse_depth": 8,
+    "memory_length": 25,
+    "deep_nlms": True,
+    "memory_hidden_dims": 32,
+    "do_layernorm_nlm": False,
+    "backbone_type": "none",
+    "positional_embedding_type": "none",
+    "out_dims": 250,
+    "in_channels": 64,
+}
 Model = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
 
 
@@ -162,27 +179,10 @@ def test_one_function_runs_the_ticks_that_it_knows(
 
 
 def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    example: dict[str, Any] = {
-        "iterations": 50,
-        "d_model": 1024,
-        "d_input": 256,
-        "heads": 4,
-        "n_synch_out": 128,
-        "n_synch_action": 128,
-        "synapse_depth": 8,
-        "memory_length": 25,
-        "deep_nlms": True,
-        "memory_hidden_dims": 32,
-        "do_layernorm_nlm": False,
-        "backbone_type": "none",
-        "positional_embedding_type": "none",
-        "out_dims": 250,
-        "in_channels": 64,
-    }
     loops = _counted(monkeypatch)
 
     def kept() -> tuple[Any, Any]:
-        ContinuousThoughtMachine(**example, rngs=nnx.Rngs(0))(jnp.zeros((2, 64, 50, 50)))
+        ContinuousThoughtMachine(**EXAMPLE, rngs=nnx.Rngs(0))(jnp.zeros((2, 64, 50, 50)))
         (loop,) = loops
         return loop, jax.vjp(lambda loop: ctm_loop.think(loop)[0], loop)[1]
 
