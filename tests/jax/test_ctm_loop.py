@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from ml_networks.jax import (
     ctm,
     ctm_loop,
 )
+from ml_networks.kernels.core import pallas
 from tests.jax.cases_ctm import SMALL
 
 EXAMPLE: dict[str, Any] = {
@@ -176,6 +179,21 @@ def test_one_function_runs_the_ticks_that_it_knows(
 
     assert jax.eval_shape(predictions).shape == (2, 6, 3)
     assert bool(calls) == whole
+
+
+def test_one_gpu_runs_it_on_kernels() -> None:
+    """All that a GPU would run lowers; each kernel of a scan stands once, whatever the ticks."""
+    structure, parameters, rest = nnx.split(_built(hyper_layers="all"), nnx.Param, ...)
+
+    def gradients(parameters: Any, x: jax.Array) -> Any:
+        return _gradients(lambda p, x: nnx.merge(structure, p, rest)(x), parameters, x)
+
+    text = pallas.lower(gradients, parameters, jnp.zeros((2, 3, 4, 5)), target_name="sm_90")
+    kernels = Counter(re.findall(r'name = "(\w+)"', text))
+    names = "neuron_level_model", "norm_silu_skip_norm"
+    assert [kernels[name] for name in names] == [1, 1]
+    gradients_of_neurons = (f"neuron_level_model_{kind}_gradient" for kind in ("trace", "weight"))
+    assert [kernels[name] for name in gradients_of_neurons] == [1, 1]
 
 
 def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
