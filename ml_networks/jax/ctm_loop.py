@@ -6,6 +6,9 @@ sums of the synchronisation. The backward pass computes layer norms, gates, atte
 neuron-level models anew, and walks the ticks only for what one tick passes to the one before.
 Every weight's gradient is then one product over the rows of all ticks.
 
+On one accelerator a tick's steps are ops: synchronisation, queries and attention; linear layers
+with the norms, SiLU and skip connection before them, and backward after them.
+
 Dropout, layers of other kinds and layer norms in the neuron-level models need the ordinary loop
 over the modules.
 """
@@ -24,16 +27,19 @@ from flax import nnx
 from ml_networks.jax.layers import Identity
 from ml_networks.jax.lora import HyperLoRALinear
 from ml_networks.jax.neurons import NeuronLevelModel, SuperLinear
-from ml_networks.jax.primitives import LayerNorm, Linear
+from ml_networks.jax.primitives import LayerNorm, Linear, on_one_accelerator
 from ml_networks.jax.synapses import GatedSynapses, SynapseUNET, _Projection
 from ml_networks.kernels.jax import (
     hyper_lora_linear,
+    linear_norm_silu_gradient,
     neuron_level_model,
     neuron_level_model_at_tick,
     neuron_level_model_trace_gradient,
     neuron_level_model_weight_gradient,
     norm_activation,
+    norm_silu_linear,
     norm_silu_skip_norm,
+    synchronised_attention,
 )
 
 __all__ = ["Layer", "Loop", "layers_of", "neuron_weights_of", "think"]
@@ -266,18 +272,31 @@ def _tick(
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
     """The sums of the synchronisation, what attention read, the state, and the outputs of the
     linear layers."""
-    left, right = jnp.split(z[:, loop.pairs], 2, 1)
-    total = loop.r * before + left * right
-    read = _read(_queries(loop, total * scale), loop.keys, loop.values)
-    read = read.reshape(len(z), -1)
-    x = jnp.concatenate([read, z], 1)
+    if on_one_accelerator():
+        left, right = jnp.split(jnp.asarray(loop.pairs), 2)
+        ask, look = (loop.in_weight, loop.in_bias), (loop.keys, loop.values)
+        read, total = synchronised_attention(z, left, right, loop.r, scale, *ask, *look, before)
+    else:
+        left, right = jnp.split(z[:, loop.pairs], 2, 1)
+        total = loop.r * before + left * right
+        read = _read(_queries(loop, total * scale), loop.keys, loop.values)
+        read = read.reshape(len(z), -1)
     outputs: list[Array] = []
-    products: list[Array] = []
-    for layer in loop.layers:
-        products.append(_linear(layer, x))
-        outputs.append(_finish(layer, products[-1], *_skipped(layer, outputs), *layer.norms))
-        x = outputs[-1]
-    return total, read, x, tuple(products)
+    products = [_linear(loop.layers[0], jnp.concatenate([read, z], 1))]
+    for number, layer in enumerate(loop.layers):
+        y, skipped = products[number], _skipped(layer, outputs)
+        following = loop.layers[number + 1] if number + 1 < len(loop.layers) else None
+        if following is not None and _is_fused(layer, following):
+            kernel, bias = following.linear
+            norms = _norms_of(layer, skipped)
+            product, output = norm_silu_linear(y, weight=kernel.T, bias=bias, **norms)
+            products.append(product)
+            outputs.append(output.astype(y.dtype))
+            continue
+        outputs.append(_finish(layer, y, *skipped, *layer.norms))
+        if following is not None:
+            products.append(_linear(following, outputs[-1]))
+    return total, read, outputs[-1], tuple(products)
 
 
 def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
@@ -309,17 +328,22 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
             jax.lax.dynamic_index_in_dim(of_history, tick + memory - 1, 1, keepdims=False).T
         )
         for number, layer in reversed(list(enumerate(loop.layers))):
-            of_y, *of_skipped = _finish_gradient(
-                layer, of_outputs[number], products[number], _skipped(layer, outputs)
-            )
-            of_products[number] = of_y
+            y, skipped = products[number], _skipped(layer, outputs)
+            if _is_fused(layer, layer):
+                norms = _norms_of(layer, skipped)
+                found: Any = linear_norm_silu_gradient(
+                    of_outputs[number], y, weight=layer.linear[0].T, **norms
+                )
+                of_x, *of_skipped = found
+            else:
+                of_y, *of_skipped = _finish_gradient(layer, of_outputs[number], y, skipped)
+                of_products[number] = of_y
+                of_x = _input_gradient(layer, of_y, outputs[number - 1] if number else None)
             if layer.skip is not None:
                 of_outputs[layer.skip] = of_skipped[0].astype(exact)
             if number:
-                of_x = _input_gradient(layer, of_y, outputs[number - 1])
                 of_outputs[number - 1] += of_x.astype(exact)
         width = reads.shape[-1]
-        of_x = _input_gradient(loop.layers[0], of_y)
         of_read = of_x[:, :width].reshape(*query.shape[:3], -1)
         _, of_scores = _attention_gradient(query, loop.keys, loop.values, of_read)
         of_query = (of_scores @ loop.keys).reshape(len(z), -1)
@@ -348,11 +372,12 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
 
     layers = []
     for number, layer in enumerate(loop.layers):
-        of_norms = _finish_gradient(
-            layer, of_outputs[number], products[number], _skipped(layer, outputs), of_norms=True
-        )
+        y, skipped = products[number], _skipped(layer, outputs)
+        of_y, *of_norms = _finish_gradient(layer, of_outputs[number], y, skipped, of_norms=True)
+        if of_products[number] is not None:
+            of_y = of_products[number]
         x = outputs[number - 1] if number else jnp.concatenate([reads, activations[:-1]], 2)
-        of_linear = _linear_gradients(layer, of_products[number], x)
+        of_linear = _linear_gradients(layer, of_y, x)
         layers.append(replace(layer, linear=of_linear, norms=tuple(of_norms)))
     of_neurons, of_keys, of_values = _shared_gradients(
         loop, history, of_later.astype(dtype), queries, of_reads
@@ -486,6 +511,18 @@ def _skipped(layer: Layer, outputs: Sequence[Array]) -> list[Array]:
     return [] if layer.skip is None else [outputs[layer.skip]]
 
 
+def _is_fused(layer: Layer, linear: Layer) -> bool:
+    """Whether one op takes what follows the first and the linear layer of the second."""
+    return on_one_accelerator() and not layer.gated and len(linear.linear) == 2
+
+
+def _norms_of(layer: Layer, skipped: Sequence[Array]) -> dict[str, Any]:
+    """What follows the linear layer, as arguments of :func:`norm_silu_linear`."""
+    names = ("norm_weight", "norm_bias", "skip_weight", "skip_bias")
+    norms: dict[str, Any] = dict(zip(names, layer.norms, strict=False))
+    return {**norms, **dict(zip(("skip",), skipped, strict=False)), "eps": layer.eps}
+
+
 def _finish(layer: Layer, y: Array, *rest: Array) -> Array:
     """What follows the linear layer; ``rest`` is what is skipped, if anything, and the norms'
     weights."""
@@ -505,11 +542,11 @@ def _finish(layer: Layer, y: Array, *rest: Array) -> Array:
 def _finish_gradient(
     layer: Layer, of_x: Array, y: Array, skipped: list[Array], of_norms: bool = False
 ) -> Sequence[Array]:
-    """The gradients of the linear layer's output and of what is skipped, if anything; or of the
+    """The gradients of the linear layer's output and of what is skipped, if anything, or of the
     norms' weights."""
     found = jax.vjp(partial(_finish, layer), y, *skipped, *layer.norms)[1](of_x.astype(y.dtype))
     first = 1 + len(skipped)
-    return found[first:] if of_norms else found[:first]
+    return (found[0], *found[first:]) if of_norms else found[:first]
 
 
 def _silent(dropout: Any) -> bool:

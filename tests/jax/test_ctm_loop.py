@@ -92,9 +92,11 @@ def _assert_same(
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_equals_the_loop_over_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_ops", [False, True])
+def test_equals_the_loop_over_the_modules(by_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctm_loop, "on_one_accelerator", lambda: by_ops)
     with jax.enable_x64(True):
-        model = _built(hyper_layers="all")
+        model = _built(hyper_layers="bottleneck" if by_ops else "all", synapse_depth=4)
         x = jax.random.normal(jax.random.key(1), (2, 3, 4, 5), float)
         _assert_same(model, _gradients, x, monkeypatch)
 
@@ -181,19 +183,23 @@ def test_one_function_runs_the_ticks_that_it_knows(
     assert bool(calls) == whole
 
 
-def test_one_gpu_runs_it_on_kernels() -> None:
+def test_one_gpu_runs_it_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a GPU would run lowers; each kernel of a scan stands once, whatever the ticks."""
-    structure, parameters, rest = nnx.split(_built(hyper_layers="all"), nnx.Param, ...)
+    monkeypatch.setattr(ctm_loop, "on_one_accelerator", lambda: True)
+    model = _built(hyper_layers="bottleneck", synapse_depth=4)
+    structure, parameters, rest = nnx.split(model, nnx.Param, ...)
 
     def gradients(parameters: Any, x: jax.Array) -> Any:
         return _gradients(lambda p, x: nnx.merge(structure, p, rest)(x), parameters, x)
 
     text = pallas.lower(gradients, parameters, jnp.zeros((2, 3, 4, 5)), target_name="sm_90")
     kernels = Counter(re.findall(r'name = "(\w+)"', text))
-    names = "neuron_level_model", "norm_silu_skip_norm"
-    assert [kernels[name] for name in names] == [1, 1]
-    gradients_of_neurons = (f"neuron_level_model_{kind}_gradient" for kind in ("trace", "weight"))
-    assert [kernels[name] for name in gradients_of_neurons] == [1, 1]
+    # Of seven linear layers three do not adapt, and two of these follow another layer.
+    counts = {"norm_silu_linear": 2, "linear_norm_silu_gradient": 3, "synchronised_attention": 1}
+    counts |= {
+        f"neuron_level_model{kind}": 1 for kind in ("", "_trace_gradient", "_weight_gradient")
+    }
+    assert {name: kernels[name] for name in counts} == counts
 
 
 def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
