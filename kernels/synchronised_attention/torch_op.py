@@ -44,6 +44,29 @@ class Attended(NamedTuple):
     log_sum_exp: Tensor
 
 
+class Inputs(NamedTuple):
+    """The arguments of :func:`synchronised_attention`; a gradient needs neither bias nor sums."""
+
+    z: Tensor
+    left: Tensor
+    right: Tensor
+    r: Tensor
+    scale: Tensor
+    in_weight: Tensor
+    in_bias: Tensor | None
+    keys: Tensor
+    values: Tensor
+    sums: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """In the order of ``spec.DIMENSIONS``."""
+        _, heads, positions, width = self.keys.shape
+        columns, pairs = self.in_weight.shape
+        queries, read = columns // (heads * width), self.values.shape[3]
+        return (*self.z.shape, pairs, heads, queries, positions, width, read)
+
+
 class AttendedGradient(NamedTuple):
     """What :func:`synchronised_attention_gradient` finds beside the gradient of z.
 
@@ -140,12 +163,10 @@ def synchronised_attention(
     _check_shapes(
         z=z, in_weight=in_weight, in_bias=in_bias, keys=keys, values=values, **pairs, **exact
     )
-    tensors = z, left, right, r, scale, in_weight, in_bias, keys, values, sums
-    if torch_functions.transformed(*tensors) or _takes_plain_path(
-        z, in_weight, keys, values, implementation
-    ):
-        return _plain(*tensors)
-    read, found, _, _ = _forward_op(*tensors, implementation)
+    given = Inputs(z, left, right, r, scale, in_weight, in_bias, keys, values, sums)
+    if torch_functions.transformed(*given) or _takes_plain_path(given, implementation):
+        return _plain(given)
+    read, found, _, _ = _forward_op(*given, implementation)
     return read, found
 
 
@@ -185,22 +206,9 @@ def synchronised_attention_tick(
     ValueError, UnsupportedImplementationError
         As in :func:`synchronised_attention`.
     """
-    _check_shapes(
-        z=z,
-        left=left,
-        right=right,
-        r=r,
-        scale=scale,
-        in_weight=in_weight,
-        in_bias=in_bias,
-        keys=keys,
-        values=values,
-        sums=sums,
-        **_prefixed("into", into),
-    )
-    return _tick(
-        into, z, left, right, r, scale, in_weight, in_bias, keys, values, sums, implementation
-    )
+    given = Inputs(z, left, right, r, scale, in_weight, in_bias, keys, values, sums)
+    _check_shapes(**given._asdict(), **_prefixed("into", into))
+    return _tick(into, given, implementation)
 
 
 def synchronised_attention_gradient(
@@ -255,38 +263,12 @@ def synchronised_attention_gradient(
     ValueError, UnsupportedImplementationError
         As in :func:`synchronised_attention`.
     """
-    _check_shapes(
-        z=z,
-        left=left,
-        right=right,
-        r=r,
-        scale=scale,
-        in_weight=in_weight,
-        keys=keys,
-        values=values,
-        of_read=of_read,
-        of_next_sums=of_next_sums,
-        of_z=of_z,
-        **_prefixed("attended", attended),
-        **_prefixed("into", into),
-    )
-    return _gradient(
-        of_read,
-        of_next_sums,
-        z,
-        left,
-        right,
-        r,
-        scale,
-        in_weight,
-        keys,
-        values,
-        attended,
-        of_z,
-        table,
-        into,
-        implementation,
-    )
+    given = Inputs(z, left, right, r, scale, in_weight, None, keys, values, None)
+    cotangents = {"of_read": of_read, "of_next_sums": of_next_sums, "of_z": of_z}
+    own = {name: value for name, value in given._asdict().items() if value is not None}
+    kept = {**_prefixed("attended", attended), **_prefixed("into", into)}
+    _check_shapes(**own, **cotangents, **kept)
+    return _gradient(of_read, of_next_sums, r, given, attended, of_z, table, into, implementation)
 
 
 def synchronised_attention_key_gradient(
@@ -356,29 +338,15 @@ def _prefixed(name: str, tensors: Any) -> dict[str, Tensor]:
     return {} if tensors is None else {f"{name}.{k}": v for k, v in tensors._asdict().items()}
 
 
-def _takes_plain_path(
-    z: Tensor,
-    in_weight: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    implementation: str | None,
-) -> bool:
-    on_cpu = z.device.type == "cpu"
+def _takes_plain_path(given: Inputs, implementation: str | None) -> bool:
+    on_cpu = given.z.device.type == "cpu"
     if torch.compiler.is_compiling():
         # The custom op decides at run time: a new shape then changes no traced code.
         return implementation == "torch" or (on_cpu and implementation is None)
     if on_cpu and not usage.recording() and not dispatch.is_overridden(BINDING, implementation):
         return True
-    sizes = _sizes(z, in_weight, keys, values)
-    decision = _decide(sizes, keys, values, "forward", implementation)
+    decision = _decide(given.sizes, given.keys, given.values, "forward", implementation)
     return decision.implementation == "torch" and not usage.recording()
-
-
-def _sizes(z: Tensor, in_weight: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
-    """In the order of ``spec.DIMENSIONS``."""
-    _, heads, positions, width = keys.shape
-    columns, pairs = in_weight.shape
-    return (*z.shape, pairs, heads, columns // (heads * width), positions, width, values.shape[3])
 
 
 def _decide(
@@ -404,19 +372,20 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _plain_sums(z: Tensor, left: Tensor, right: Tensor, r: Tensor, sums: Tensor | None) -> Tensor:
-    exact = _exact(r)
-    found = z.index_select(1, left).to(exact) * z.index_select(1, right).to(exact)
-    return found if sums is None else torch.addcmul(found, r.to(exact), sums.to(exact))
+def _plain_sums(given: Inputs) -> Tensor:
+    exact = _exact(given.r)
+    left, right = (given.z.index_select(1, index).to(exact) for index in given[1:3])
+    found = left * right
+    if given.sums is not None:
+        found = torch.addcmul(found, given.r.to(exact), given.sums.to(exact))
+    return found
 
 
-def _plain_scores(
-    found: Tensor, scale: Tensor, in_weight: Tensor, in_bias: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor]:
+def _plain_scores(found: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
     """The queries (B, G R K), and the scores (B, G, R, S)."""
-    synchronisation = (found * scale.to(found.dtype)).to(in_weight.dtype)
-    query = F.linear(synchronisation, in_weight, in_bias)
-    return query, (_by_head(query, keys) @ keys.mT).to(_exact(keys))
+    synchronisation = (found * given.scale.to(found.dtype)).to(given.in_weight.dtype)
+    query = F.linear(synchronisation, given.in_weight, given.in_bias)
+    return query, (_by_head(query, given.keys) @ given.keys.mT).to(_exact(given.keys))
 
 
 def _by_head(rows: Tensor, keys: Tensor) -> Tensor:
@@ -424,65 +393,38 @@ def _by_head(rows: Tensor, keys: Tensor) -> Tensor:
     return rows.unflatten(1, (keys.shape[1], -1, keys.shape[3]))
 
 
-def _plain(
-    z: Tensor,
-    left: Tensor,
-    right: Tensor,
-    r: Tensor,
-    scale: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sums: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _plain(given: Inputs) -> tuple[Tensor, Tensor]:
     """The op in ordinary torch operations, differentiable any number of times."""
-    found = _plain_sums(z, left, right, r, sums)
-    _, scores = _plain_scores(found, scale, in_weight, in_bias, keys)
-    read = torch.softmax(scores, -1).to(values.dtype) @ values
-    return read.flatten(1), found.to(r.dtype)
+    found = _plain_sums(given)
+    _, scores = _plain_scores(found, given)
+    read = torch.softmax(scores, -1).to(given.values.dtype) @ given.values
+    return read.flatten(1), found.to(given.r.dtype)
 
 
-def _plain_tick(
-    z: Tensor,
-    left: Tensor,
-    right: Tensor,
-    r: Tensor,
-    scale: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sums: Tensor | None,
-) -> Attended:
-    found = _plain_sums(z, left, right, r, sums)
-    query, scores = _plain_scores(found, scale, in_weight, in_bias, keys)
-    read = torch.softmax(scores, -1).to(values.dtype) @ values
+def _plain_tick(given: Inputs) -> Attended:
+    found = _plain_sums(given)
+    query, scores = _plain_scores(found, given)
+    read = torch.softmax(scores, -1).to(given.values.dtype) @ given.values
     log_sum_exp = torch.logsumexp(scores, -1).flatten(1)
-    return Attended(read.flatten(1), found.to(r.dtype), query, log_sum_exp)
+    return Attended(read.flatten(1), found.to(given.r.dtype), query, log_sum_exp)
 
 
 def _plain_gradient(
     of_read: Tensor,
     of_next_sums: Tensor | None,
-    z: Tensor,
-    left: Tensor,
-    right: Tensor,
-    r: Tensor | None,
-    scale: Tensor,
-    in_weight: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    decay: Tensor | None,
+    given: Inputs,
     query: Tensor,
     of_z: Tensor,
 ) -> AttendedGradient:
+    z, left, right, scale = given.z, given.left, given.right, given.scale
     exact = _exact(scale)
-    _, of_scores = _plain_weights(of_read, query, keys, values)
-    of_query = (of_scores @ keys).flatten(1)
-    of_synchronisation = (of_query @ in_weight).to(exact)
+    _, of_scores = _plain_weights(of_read, query, given.keys, given.values)
+    of_query = (of_scores @ given.keys).flatten(1)
+    of_synchronisation = (of_query @ given.in_weight).to(exact)
     of_sums = of_synchronisation * scale.to(exact)
     if of_next_sums is not None:
-        of_sums += of_next_sums if r is None else of_next_sums * r.to(exact)
+        of_sums += of_next_sums if decay is None else of_next_sums * decay.to(exact)
     one, other = z.index_select(1, left).to(exact), z.index_select(1, right).to(exact)
     of_z.index_add_(1, left, (of_sums * other).to(of_z.dtype))
     of_z.index_add_(1, right, (of_sums * one).to(of_z.dtype))
@@ -522,41 +464,36 @@ def _plain_key_gradient(
     return of_keys, of_values
 
 
-def _tick(into: Attended | None, *arguments: Any) -> Attended:
-    """The arguments of `_plain_tick`, and the implementation."""
-    *tensors, implementation = arguments
-    z, _, _, r, _, in_weight, _, keys, values, _ = tensors
-    sizes = _sizes(z, in_weight, keys, values)
-    decision = _decide(sizes, keys, values, "forward", implementation)
+def _tick(into: Attended | None, given: Inputs, implementation: str | None) -> Attended:
+    decision = _decide(given.sizes, given.keys, given.values, "forward", implementation)
     with usage.timed(decision):
-        if decision.implementation == "torch" or not _all(sizes):
-            found = _plain_tick(*tensors)
-            if into is None:
-                return found
-            for target, value in zip(into, found, strict=True):
-                target.copy_(value)
-            return into
+        if decision.implementation == "torch" or 0 in given.sizes:
+            return _written(into, _plain_tick(given))
         from . import triton_kernel
 
-        if into is None:
-            into = _empty(z, r, in_weight, keys, values)
-        where = torch_device(z.device)
-        everything = [*tensors, *into, decision.config, where]
+        into = _empty(given) if into is None else into
+        everything: list[Any] = [*given, *into, decision.config, torch_device(given.z.device)]
         triton_kernel.forward(*everything)
     return into
 
 
-def _all(sizes: tuple[int, ...]) -> bool:
-    """Whether there is anything to do; no queries or features would be an error."""
-    return 0 not in sizes
+def _written(into: Any, found: Any) -> Any:
+    """What was found, in the tensors of ``into`` if these are given."""
+    if into is None:
+        return found
+    for target, value in zip(into, found, strict=True):
+        target.copy_(value)
+    return into
 
 
-def _empty(z: Tensor, r: Tensor, in_weight: Tensor, keys: Tensor, values: Tensor) -> Attended:
-    batch, rows = z.shape[0], in_weight.shape[0] // keys.shape[3]
+def _empty(given: Inputs) -> Attended:
+    z, keys, values = given.z, given.keys, given.values
+    columns, pairs = given.in_weight.shape
+    batch, rows = z.shape[0], columns // keys.shape[3]
     return Attended(
         values.new_empty((batch, rows * values.shape[3])),
-        r.new_empty((batch, in_weight.shape[1])),
-        z.new_empty((batch, in_weight.shape[0])),
+        given.r.new_empty((batch, pairs)),
+        z.new_empty((batch, columns)),
         z.new_empty((batch, rows), dtype=_exact(keys)),
     )
 
@@ -564,48 +501,27 @@ def _empty(z: Tensor, r: Tensor, in_weight: Tensor, keys: Tensor, values: Tensor
 def _gradient(
     of_read: Tensor,
     of_next_sums: Tensor | None,
-    z: Tensor,
-    left: Tensor,
-    right: Tensor,
-    r: Tensor | None,
-    scale: Tensor,
-    in_weight: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    decay: Tensor | None,
+    given: Inputs,
     attended: Attended,
     of_z: Tensor,
     table: Table | None,
     into: AttendedGradient | None,
     implementation: str | None,
 ) -> AttendedGradient:
-    """``of_next_sums`` counts r times; without an r, once."""
-    sizes = _sizes(z, in_weight, keys, values)
-    decision = _decide(sizes, keys, values, "backward", implementation)
+    """``of_next_sums`` counts ``decay`` times; without one, once."""
+    decision = _decide(given.sizes, given.keys, given.values, "backward", implementation)
     with usage.timed(decision):
-        if decision.implementation == "torch" or not _all(sizes):
-            found = _plain_gradient(
-                of_read,
-                of_next_sums,
-                z,
-                left,
-                right,
-                r,
-                scale,
-                in_weight,
-                keys,
-                values,
-                attended.query,
-                of_z,
-            )
-            if into is None:
-                return found
-            for target, value in zip(into, found, strict=True):
-                target.copy_(value)
-            return into
+        if decision.implementation == "torch" or 0 in given.sizes:
+            query = attended.query
+            found = _plain_gradient(of_read, of_next_sums, decay, given, query, of_z)
+            written: AttendedGradient = _written(into, found)
+            return written
         from . import triton_kernel
 
+        z, in_weight, scale = given.z, given.in_weight, given.scale
         if table is None:
-            table = torch_functions.neuron_table(left, right, z.shape[1])
+            table = torch_functions.neuron_table(given.left, given.right, z.shape[1])
         if into is None:
             batch, (columns, pairs) = z.shape[0], in_weight.shape
             into = AttendedGradient(
@@ -614,20 +530,8 @@ def _gradient(
                 scale.new_empty((batch, pairs)),
             )
         triton_kernel.gradient(
-            of_read,
-            of_next_sums,
-            z,
-            r,
-            scale,
-            in_weight,
-            keys,
-            values,
-            attended.read,
-            attended.query,
-            attended.log_sum_exp,
-            table,
-            of_z,
-            *into,
+            *(of_read, of_next_sums, z, decay, scale, in_weight, given.keys, given.values),
+            *(attended.read, attended.query, attended.log_sum_exp, table, of_z, *into),
             decision.config,
             torch_device(z.device),
         )
@@ -683,26 +587,14 @@ def _forward_op(
     sums: Tensor | None,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = _tick(
-        None, z, left, right, r, scale, in_weight, in_bias, keys, values, sums, implementation
-    )
+    given = Inputs(z, left, right, r, scale, in_weight, in_bias, keys, values, sums)
+    found = _tick(None, given, implementation)
     return found.read, found.sums, found.query, found.log_sum_exp
 
 
 @_forward_op.register_fake
-def _(
-    z: Tensor,
-    left: Tensor,
-    right: Tensor,
-    r: Tensor,
-    scale: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *_: Any,
-) -> Four:
-    found = _empty(z, r, in_weight, keys, values)
+def _(*arguments: Any) -> Four:
+    found = _empty(Inputs(*arguments[:10]))
     return found.read, found.sums, found.query, found.log_sum_exp
 
 
@@ -736,11 +628,9 @@ def _backward_op(
     wide = AttendedGradient(
         torch.empty_like(query), *(new_sums.new_empty(new_sums.shape, dtype=exact) for _ in "ab")
     )
-    pairs = left, right
-    _gradient(
-        *(of_read, of_sums.to(exact), z, *pairs, None, scale, in_weight, keys, values),
-        *(attended, of_z, None, wide, implementation),
-    )
+    given = Inputs(z, left, right, r, scale, in_weight, in_bias, keys, values, sums)
+    of_later = of_sums.to(exact)
+    _gradient(of_read, of_later, None, given, attended, of_z, None, wide, implementation)
     of_r = of_before = None
     if sums is not None:
         of_r = (wide.sums * sums).sum(0).to(r.dtype)
@@ -768,25 +658,14 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    z: Tensor,
-    left: Tensor,
-    right: Tensor,
-    r: Tensor,
-    scale: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sums: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    def like(value: Tensor | None) -> Tensor:
-        return z.new_empty(0) if value is None else value.new_empty(value.shape)
+def _(*arguments: Any) -> list[Tensor]:
+    given, of_both = Inputs(*arguments[:10]), arguments[-2]
 
-    of_both = rest[-2]
-    found = [like(value) for value in (z, r, scale, in_weight, in_bias, sums)]
-    both = (torch.empty_like(x) if of_both else z.new_empty(0) for x in (keys, values))
+    def like(value: Tensor | None) -> Tensor:
+        return given.z.new_empty(0) if value is None else value.new_empty(value.shape)
+
+    found = [like(value) for value in (given.z, *given[3:7], given.sums)]
+    both = (torch.empty_like(x) if of_both else like(None) for x in (given.keys, given.values))
     return [*found, *both]
 
 
@@ -823,7 +702,8 @@ def _second_gradient(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ..
 
     def gradients(*given: Any) -> list[Tensor]:
         z, r, scale, in_weight, in_bias, keys, values, sums, of_read, of_sums = given
-        results = _plain(z, left, right, r, scale, in_weight, in_bias, keys, values, sums)
+        tensors = z, left, right, r, scale, in_weight, in_bias, keys, values, sums
+        results = _plain(Inputs(*tensors))
         inputs = [z, r, scale, in_weight, in_bias, *([] if sums is None else [sums])]
         inputs += [keys, values] if ctx.of_both else []
         return list(

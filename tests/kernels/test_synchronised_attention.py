@@ -424,11 +424,11 @@ def test_split_positions_are_joined_in_order(
     many = replace(dispatch.current_device("torch"), processors=64)
     config = spec.Config(block_positions=16)
     assert spec.split_positions(6, 70, 16, 64) == (3, 32)
-    names = "z", "left", "right", "r", "scale", "in_weight", "in_bias", "keys", "values", "sums"
-    into = torch_op._empty(*(tensors[k] for k in ("z", "r", "in_weight", "keys", "values")))
-    triton_kernel.forward(*(tensors[name] for name in names), *into, config, many)
+    given = torch_op.Inputs(**tensors)
+    into = torch_op._empty(given)
+    triton_kernel.forward(*given, *into, config, many)
     np.testing.assert_allclose(into.read.cpu(), exact["read"], rtol=1e-4, atol=1e-5)
-    plain = torch_op._plain_tick(*(tensors[name] for name in names))
+    plain = torch_op._plain_tick(given)
     torch.testing.assert_close(into.log_sum_exp, plain.log_sum_exp, rtol=1e-5, atol=1e-5)
 
     of_read, of_sums = (torch.from_numpy(value).to(DEVICE) for value in cotangents_of(inputs))
@@ -519,7 +519,7 @@ def test_the_custom_ops(shared: bool, first: bool) -> None:
     for of_both in (True, False):
         torch.library.opcheck(torch_op._backward_op, (*given, *kept, *cotangents, of_both, None))
 
-    plain = torch_op._plain(*given)
+    plain = torch_op._plain(torch_op.Inputs(*given))
     torch.testing.assert_close(results[:2], plain)
     leaves = [v for v in given if v is not None and v.requires_grad]
     leaves = leaves[:-1] if shared and first else leaves
