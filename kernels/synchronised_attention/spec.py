@@ -10,7 +10,7 @@ each other in memory. Directions: ``backward`` is what one tick passes to the on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.device import Device
@@ -91,13 +91,15 @@ def split_positions(sets: int, positions: int, block: int, processors: int) -> t
 
 def bucket(problem: Problem) -> Problem:
     """The tuning key: batch and positions up to a power of two; the rest are a model's constants,
-    of which neurons and pairs have no part in the gradient of keys and values."""
+    of which neurons and pairs have no part in the gradient of keys and values. One key for both
+    layouts: JAX knows none."""
     dims = dict(problem.dims)
     if problem.direction == "key_gradient":
         dims |= {"neurons": 1, "pairs": 1}
     for name in ("batch", "positions"):
         dims[name] = padded(dims[name], 1)
-    return problem.with_dims(dims)
+    key = problem.with_dims(dims)
+    return replace(key, flags=(("shared", bool(problem.flag("shared", False))),))
 
 
 def _widths(problem: Problem) -> int:
