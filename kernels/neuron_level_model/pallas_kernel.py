@@ -157,7 +157,7 @@ def _trace_gradient_kernel(
         )
     else:
         of_x = weights.last[0] * of_v + weights.last[1] * of_u
-    target = _window(result, 0, row, sizes)
+    target = result
     if add:
         if not pallas.masks_blocks():  # the block does not start as what it is written to
             result[...] = into[0][...]
@@ -249,6 +249,12 @@ def _whole(array: Array | jax.ShapeDtypeStruct) -> Any:
     return pl.BlockSpec((None, *array.shape[1:]), lambda neuron, _: (neuron, 0, 0))
 
 
+def _traces(sizes: _Sizes) -> Any:
+    """The block of traces of (neurons, memory, rows)."""
+    sides = None, _side(sizes.memory), sizes.block_rows
+    return pl.BlockSpec(sides, lambda neuron, block: (neuron, 0, block))
+
+
 def _line(sizes: _Sizes) -> Any:
     """A block of rows of (neurons, 1, rows)."""
     return pl.BlockSpec((None, 1, sizes.block_rows), lambda neuron, block: (neuron, 0, block))
@@ -329,9 +335,10 @@ def trace_gradient(
     arguments.append(of_z.T[:, None])
     specs.append(_line(sizes))
     shape, aliases = (sizes.neurons, sizes.memory, sizes.rows), {}
-    result = jax.ShapeDtypeStruct(shape, history.dtype)
+    result, place = jax.ShapeDtypeStruct(shape, history.dtype), _traces(sizes)
     if into is not None:
         result = jax.ShapeDtypeStruct(into.shape, into.dtype)
+        place = _whole(into)
         aliases = {len(arguments): 0}
         arguments.append(into)
         specs.append(_whole(into))
@@ -340,7 +347,7 @@ def trace_gradient(
         out_shape=result,
         grid=(sizes.neurons, sizes.blocks),
         in_specs=specs,
-        out_specs=_whole(result),
+        out_specs=place,
         num_warps=config.num_warps,
         num_stages=1,
         name="neuron_level_model_trace_gradient",
