@@ -401,8 +401,7 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Tensor) -> list[Ten
             into=of_history[window].permute(1, 2, 0),
         )
         for number in reversed(range(len(loop.layers))):
-            before = [inputs, *outputs][number]
-            _pull(loop, number, tick, products, outputs, of_outputs, before, of_inputs)
+            _pull(loop, number, tick, thought, outputs, of_inputs, of_outputs)
         into = AttendedGradient(of_queries[tick], of_synchronisations[tick], of_sums[tick])
         following = of_sums[tick + 1] if tick + 1 < ticks else None
         if native:
@@ -463,17 +462,13 @@ def _pull(
     loop: Loop,
     number: int,
     tick: int,
-    products: Sequence[Tensor],
+    thought: Thought,
     outputs: Sequence[Tensor],
-    of_outputs: Sequence[Tensor],
-    before: Tensor,
     of_inputs: Tensor,
+    of_outputs: Sequence[Tensor],
 ) -> None:
-    """Pull a tick's gradient from behind a layer to its input, and to what is skipped to it.
-
-    ``before`` is the layer's input.
-    """
-    layer, y, of_x = loop.layers[number], products[number][tick], of_outputs[number][tick]
+    """Pull a tick's gradient from behind a layer to its input, and to what is skipped to it."""
+    layer, y, of_x = loop.layers[number], thought.products[number][tick], of_outputs[number][tick]
     into = of_outputs[number - 1][tick] if number else of_inputs[tick]
     skipped = [value[tick] for value in _skipped(layer, outputs)]
     of_skip = None if layer.skip is None else of_outputs[layer.skip][tick]
@@ -485,7 +480,8 @@ def _pull(
     of_y, *of_skipped = _finish_gradient(layer, of_x.contiguous(), y, skipped)
     if of_skip is not None:
         of_skip.copy_(of_skipped[0])
-    _add_input_gradient(layer, of_y.to(y.dtype), before[tick], into)
+    x = outputs[number - 1][tick] if number else thought.inputs[tick]
+    _add_input_gradient(layer, of_y.to(y.dtype), x, into)
 
 
 def _attention_gradients(
