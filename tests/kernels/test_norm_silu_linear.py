@@ -29,6 +29,7 @@ from ml_networks.kernels.torch import (  # noqa: E402
     linear_norm_silu_gradient,
     norm_silu_linear,
 )
+from tests.kernels.jax_transforms import assert_transforms  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -527,36 +528,12 @@ def test_transforms_of_torch_func(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_transforms(implementation: str) -> None:
     inputs = arrays_of("jax", inputs_of(6, 8, 5, True))
-    several = jnp.stack([inputs["skip"], 2.0 * inputs["skip"]])
 
-    def loss(values: dict[str, jax.Array], name: str = implementation) -> jax.Array:
+    def loss(values: dict[str, jax.Array], name: str) -> jax.Array:
         y, h = jax_ops.norm_silu_linear(**values, implementation=name)
         return (y**3).sum() + (h**2).sum()
 
-    def of(skip: jax.Array) -> dict[str, jax.Array]:
-        return jax.grad(loss)({**inputs, "skip": skip})
-
-    def gradient_size(values: dict[str, jax.Array], name: str) -> jax.Array:
-        return sum((g * g).sum() for g in jax.grad(loss)(values, name).values())
-
-    with pallas.interpret():
-        expected = [jax.jit(of)(skip) for skip in several]
-        together = jax.jit(jax.vmap(of))(several)
-        _, scanned = jax.lax.scan(lambda c, skip: (c, of(skip)), 0, several)
-        kept = jax.jit(jax.grad(jax.checkpoint(loss)))(inputs)
-        second, exact = (
-            jax.jit(jax.grad(gradient_size), static_argnums=1)(inputs, name)
-            for name in (implementation, "xla")
-        )
-    for name in inputs:
-        for index, gradients in enumerate(expected):
-            for found in (together, scanned):
-                np.testing.assert_allclose(
-                    found[name][index], gradients[name], rtol=1e-4, atol=1e-4
-                )
-        np.testing.assert_allclose(kept[name], expected[0][name], rtol=1e-4, atol=1e-4)
-        scale = np.abs(exact[name]).max()
-        np.testing.assert_allclose(second[name] / scale, exact[name] / scale, atol=1e-4)
+    assert_transforms(loss, inputs, "skip", implementation)
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -25,6 +25,7 @@ from ml_networks.kernels.core.problem import Case  # noqa: E402
 from ml_networks.kernels.jax import synchronisation as jax_synchronisation  # noqa: E402
 from ml_networks.kernels.synchronisation import reference, spec, torch_op  # noqa: E402
 from ml_networks.kernels.torch import synchronisation as torch_synchronisation  # noqa: E402
+from tests.kernels.jax_transforms import assert_transforms  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -365,32 +366,8 @@ def test_transforms_of_torch_func(implementation: str) -> None:
 def test_transforms(implementation: str) -> None:
     inputs = {k: jnp.asarray(v) for k, v in inputs_of(5, 2, 7, 6, previous=True).items()}
     pairs = {name: inputs.pop(name) for name in ("left", "right")}
-    several = jnp.stack([inputs["activations"], 2.0 * inputs["activations"]])
 
-    def loss(values: dict[str, jax.Array], name: str = implementation) -> jax.Array:
+    def loss(values: dict[str, jax.Array], name: str) -> jax.Array:
         return (jax_synchronisation(**values, **pairs, elapsed=2, implementation=name) ** 3).sum()
 
-    def of(activations: jax.Array) -> dict[str, jax.Array]:
-        return jax.grad(loss)({**inputs, "activations": activations})
-
-    def gradient_size(values: dict[str, jax.Array], name: str) -> jax.Array:
-        return sum((g * g).sum() for g in jax.grad(loss)(values, name).values())
-
-    with pallas.interpret():
-        expected = [jax.jit(of)(activations) for activations in several]
-        together = jax.jit(jax.vmap(of))(several)
-        _, scanned = jax.lax.scan(lambda c, z: (c, of(z)), 0, several)
-        kept = jax.jit(jax.grad(jax.checkpoint(loss)))(inputs)
-        second, exact = (
-            jax.jit(jax.grad(gradient_size), static_argnums=1)(inputs, name)
-            for name in (implementation, "xla")
-        )
-    for name in inputs:
-        for index, gradients in enumerate(expected):
-            for found in (together, scanned):
-                np.testing.assert_allclose(
-                    found[name][index], gradients[name], rtol=1e-4, atol=1e-4
-                )
-        np.testing.assert_allclose(kept[name], expected[0][name], rtol=1e-4, atol=1e-4)
-        scale = np.abs(exact[name]).max()
-        np.testing.assert_allclose(second[name] / scale, exact[name] / scale, atol=1e-4)
+    assert_transforms(loss, inputs, "activations", implementation)
