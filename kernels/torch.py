@@ -17,7 +17,11 @@ from .neuron_level_model.torch_op import (
 )
 from .norm_activation.torch_op import norm_activation
 from .norm_activation_shuffle.torch_op import norm_activation_shuffle
-from .norm_silu_linear.torch_op import linear_norm_silu_gradient, norm_silu_linear
+from .norm_silu_linear.torch_op import (
+    linear_norm_silu_gradient,
+    norm_silu_linear,
+    norm_silu_linear_step,
+)
 from .norm_silu_skip_norm.torch_op import norm_silu_skip_norm
 from .synchronisation.torch_op import synchronisation
 from .synchronised_attention.torch_op import (
@@ -48,6 +52,7 @@ __all__ = [
     "norm_activation",
     "norm_activation_shuffle",
     "norm_silu_linear",
+    "norm_silu_linear_step",
     "norm_silu_skip_norm",
     "synchronisation",
     "synchronised_attention",

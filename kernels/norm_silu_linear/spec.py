@@ -21,7 +21,10 @@ FEW_ROWS = 256
 """Each program normalises the rows it needs, features / block_features times over in all; that is
 less than the launch of a kernel for it only while there are few."""
 WIDEST_FLOAT32 = 400
+"""Columns in float32 with a skip connection: of the gradient, in Pallas also forward."""
 SMALLEST_SIDE = 16
+MOMENT_COLUMNS = 32
+"""A call tells the next one mean and squared distances of each so many columns of its result."""
 
 
 def _case(id: str, size: str, dims: tuple[int, int, int], **flags: Any) -> Case:
@@ -43,18 +46,23 @@ CASES = (
 @dataclass(frozen=True)
 class Config:
     """A program makes ``block_rows`` x ``block_features`` results, from ``block_in`` columns at a
-    time."""
+    time, of which in Triton each warp takes a share of at least 16."""
 
     block_rows: int = 16
     block_features: int = 32
-    block_in: int = 64
+    block_in: int = 128
     num_warps: int = 8
     num_stages: int = 3
 
 
-def padded(size: int) -> int:
+def padded(size: int, least: int = SMALLEST_SIDE) -> int:
     """The power of two that holds ``size``; tiles have such sides."""
-    return max(1 << max(size - 1, 0).bit_length(), SMALLEST_SIDE)
+    return max(1 << max(size - 1, 0).bit_length(), least)
+
+
+def moments_shape(rows: int, columns: int) -> tuple[int, int, int]:
+    """Of what a call tells the next one."""
+    return 2, rows, -(-columns // MOMENT_COLUMNS)
 
 
 def bucket(problem: Problem) -> Problem:
@@ -97,8 +105,9 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
     if plain is not None and problem["rows"] > FEW_ROWS:
         why = f"above {FEW_ROWS} rows it pays to normalise them once, in a kernel of its own"
         return Choice(plain, None, why)
-    wide = bool(problem.flag("skip", False)) and problem["width"] > WIDEST_FLOAT32
-    if plain is not None and problem.dtype == "float32" and wide:
+    backward, skip = problem.direction == "backward", bool(problem.flag("skip", False))
+    wide = problem["width"] > WIDEST_FLOAT32 and (backward or fused == "pallas")
+    if plain is not None and problem.dtype == "float32" and skip and wide:
         why = (
             f"above {WIDEST_FLOAT32} columns and with a skip connection, splitting float32 into "
             "TF32 numbers in every program takes longer than a second launch"
@@ -109,41 +118,47 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
 
 
 def _config(problem: Problem, device: Device) -> Config:
-    """As many programs as there are processors, if that leaves each at least 32 features: 8 for
-    each of 4 warps. More warps would hold the same rows of the product's left side once more, and
-    more programs normalise them once more. As many columns at a time as fit the registers."""
-    skip, width = bool(problem.flag("skip", False)), problem["width"]
-    block_in = 64 if skip else 128
-    if problem.dtype == "float32":
-        tight = skip and (problem.direction == "backward" or width % SMALLEST_SIDE != 0)
-        block_in //= 4 if tight else 2
-    return Config(16, _features(problem, device, 32), block_in, 4, 3)
+    """Few rows and features, so that there are programs for all processors: each normalises its
+    rows anew, and how often that happens is the same for 16 rows of 32 features and 8 of 64.
+    Fewer rows leave registers for the eight sums over a row of the gradient with a skip
+    connection; AMD's matrix instructions have at least 16. As many columns at a time as fit."""
+    backward, skip = problem.direction == "backward", bool(problem.flag("skip", False))
+    if backward and skip and device.platform != "hip":
+        return Config(8, 32 if problem.dtype == "float32" else 64, 128)
+    return Config(16, 32, 128 if backward or problem.dtype == "float32" else 256)
 
 
 def _pallas_config(problem: Problem, device: Device) -> Config:
-    """Of these its kernels are known to spill nothing."""
+    """Of these its kernels are known to spill nothing. 16 features of a program, or 64 if that
+    leaves one for every processor."""
     skip, full = bool(problem.flag("skip", False)), problem.dtype == "float32"
     heavy = skip and (full or problem.direction == "backward")
     block_in = 32 if heavy else 64 if full else 128
-    return Config(16, _features(problem, device, 16), block_in, 8, 3)
-
-
-def _features(problem: Problem, device: Device, fewest: int) -> int:
-    """Of each program; twice as many while that leaves a program for every processor."""
-    features, blocks = fewest, -(-problem["rows"] // 16)
+    features, blocks = 16, -(-problem["rows"] // 16)
     while features < 64 and blocks * -(-problem["features"] // features) > device.processors:
         features *= 2
-    return features
+    return Config(16, features, block_in)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:
     """Every config worth timing."""
+    if implementation == "pallas":
+        return [
+            Config(rows, features, block_in, warps, stages)
+            for rows in (16, 32)
+            for features in (16, 32, 64)
+            for block_in in (32, 64, 128)
+            for warps in (4, 8)
+            for stages in (2, 3, 4)
+        ]
+    fewest = 16 if device.platform == "hip" else 8
     return [
         Config(rows, features, block_in, warps, stages)
-        for rows in (16, 32)
-        for features in (16, 32, 64)
-        for block_in in (32, 64, 128)
-        for warps in (4, 8)
+        for rows in (fewest, 2 * fewest)
+        for features in (MOMENT_COLUMNS, 2 * MOMENT_COLUMNS)
+        for block_in in (64, 128, 256)
+        for warps in (4, 8, 16)
+        if block_in >= SMALLEST_SIDE * warps
         for stages in (2, 3, 4)
     ]
 

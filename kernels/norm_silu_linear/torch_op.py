@@ -44,9 +44,8 @@ def norm_silu_linear(
     skip_bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    out: tuple[Tensor, Tensor | None] | None = None,
     implementation: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     r"""Layer norm and SiLU, if given a skip connection and its layer norm, and a linear layer.
 
     .. math::
@@ -78,9 +77,6 @@ def norm_silu_linear(
         :math:`\gamma_s` and :math:`\beta_s`, (C,), together with ``skip``.
     eps
         :math:`\epsilon` of both norms. Default 1e-5.
-    out
-        y and h are written to these tensors, which are also returned; None in place of h: it is
-        not made. Any dtype, rows of any stride, columns of stride 1. Not differentiable.
     implementation
         ``"torch"``, ``"triton"``, or None to let dispatch choose.
 
@@ -103,32 +99,13 @@ def norm_silu_linear(
     Notes
     -----
     NaN and infinity in a row make it NaN. Repeated calls give the same bits, gradients included.
-    Gradients are those of the norms and of the linear layer apart, and
-    :func:`linear_norm_silu_gradient` has a kernel of its own. Under the transforms of
-    ``torch.func`` the plain path runs.
+    Gradients are those of the norms and of the linear layer apart. For loops that are
+    differentiated by hand there are :func:`norm_silu_linear_step` and
+    :func:`linear_norm_silu_gradient`. Under the transforms of ``torch.func`` the plain path runs.
     """
     norms = _Norms(norm_weight, norm_bias, skip, skip_weight, skip_bias, float(eps))
-    given = _named(norms, bias=bias)
-    _check_floating(x=x, weight=weight, **given)
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name} is {value.dtype}; it must be {x.dtype} like x")
-    if out is not None:
-        given |= {"y": out[0], "h": out[1]}
-    shapes = {name: None if t is None else tuple(t.shape) for name, t in given.items()}
-    spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape))
-    if out is not None:
-        arguments.check_result("y", out[0])
-        arguments.check_result("h", out[1])
-        with torch.no_grad():
-            _write(out, x, weight, bias, norms, implementation)
-        return out
-    tensors = x, weight, *given.values()
+    x, weight, bias = _checked(x, weight, bias, norms)
+    tensors = x, weight, *_named(norms, bias=bias).values()
     if _takes_plain_path(x, weight, norms, implementation) or torch_functions.transformed(
         *tensors
     ):
@@ -149,6 +126,77 @@ def norm_silu_linear(
     return y.reshape(*x.shape[:-1], len(weight)), h.reshape(x.shape)
 
 
+class NormSiluLinearStep(NamedTuple):
+    """What :func:`norm_silu_linear_step` found.
+
+    Attributes
+    ----------
+    y, h
+        As of :func:`norm_silu_linear`; h is None if it was not wanted.
+    moments
+        Of y, (2, rows, blocks) in float32: the mean of each 32 columns and the sum of their
+        squared distances from it, for the step that takes y. None where no kernel ran.
+    statistics
+        (rows, 2) in float32, with a skip connection (rows, 4): mean and inverse deviation of x,
+        and of SiLU and skip, for :func:`linear_norm_silu_gradient`. None where no kernel ran.
+    """
+
+    y: Tensor
+    h: Tensor | None
+    moments: Tensor | None
+    statistics: Tensor | None
+
+
+def norm_silu_linear_step(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_weight: Tensor | None = None,
+    skip_bias: Tensor | None = None,
+    *,
+    into: tuple[Tensor, Tensor | None],
+    moments: Tensor | None = None,
+    eps: float = 1e-5,
+    implementation: str | None = None,
+) -> NormSiluLinearStep:
+    r""":func:`norm_silu_linear` for a loop: results go where they are wanted, and calls tell each
+    other what they know of the rows.
+
+    Parameters
+    ----------
+    x, norm_weight, norm_bias, weight, bias, skip, skip_weight, skip_bias, eps, implementation
+        As in :func:`norm_silu_linear`.
+    into
+        y and h are written to these tensors; None in place of h: it is not made. Any dtype, rows
+        of any stride, columns of stride 1.
+    moments
+        Those of ``x`` if a step made it: the kernel then need not look at rows twice.
+
+    Returns
+    -------
+    NormSiluLinearStep
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedImplementationError
+        As in :func:`norm_silu_linear`.
+
+    Notes
+    -----
+    Not differentiable. Repeated calls give the same bits.
+    """
+    norms = _Norms(norm_weight, norm_bias, skip, skip_weight, skip_bias, float(eps))
+    x, weight, bias = _checked(x, weight, bias, norms, y=into[0], h=into[1])
+    arguments.check_result("y", into[0])
+    arguments.check_result("h", into[1])
+    _check_told("moments", moments, spec.moments_shape(x.shape[:-1].numel(), x.shape[-1]), x)
+    with torch.no_grad():
+        return _write(into, x, weight, bias, norms, moments, implementation)
+
+
 def linear_norm_silu_gradient(
     of_h: Tensor,
     x: Tensor,
@@ -159,6 +207,7 @@ def linear_norm_silu_gradient(
     skip_weight: Tensor | None = None,
     skip_bias: Tensor | None = None,
     *,
+    statistics: Tensor | None = None,
     eps: float = 1e-5,
     into: Tensor | None = None,
     of_skip: Tensor | None = None,
@@ -178,6 +227,9 @@ def linear_norm_silu_gradient(
         As in :func:`norm_silu_linear`; ``x`` is the linear layer's result.
     weight
         :math:`W` of the linear layer, (C, F), in the dtype of ``x``.
+    statistics
+        Those that :func:`norm_silu_linear_step` told of the same ``x`` and ``skip``: the kernel
+        then need not look at rows twice.
     into
         The gradient of u is added to this tensor (..., F), which is also returned; rows of any
         stride, columns of stride 1, any floating-point dtype.
@@ -211,14 +263,51 @@ def linear_norm_silu_gradient(
     spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape), transposed=True)
     arguments.check_result("into", into)
     arguments.check_result("of_skip", of_skip)
+    rows = x.shape[:-1].numel()
+    _check_told("statistics", statistics, (rows, 2 if skip is None else 4), x)
     add = into is not None
     if into is None:
         into = of_h.new_empty(*x.shape[:-1], weight.shape[1])
     if of_skip is None and skip is not None:
         of_skip = of_h.new_empty(x.shape)
     with torch.no_grad():
-        _pull(into, add, of_skip, of_h, x, weight, norms, implementation)
+        _pull(into, add, of_skip, of_h, x, weight, norms, statistics, implementation)
     return into, of_skip
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: _Norms,
+    **results: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``x``, ``weight`` and ``bias`` in the dtype of the product, once all arguments fit."""
+    given = _named(norms, bias=bias)
+    _check_floating(x=x, weight=weight, **given)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(f"{name} is {value.dtype}; it must be {x.dtype} like x")
+    given |= results
+    shapes = {name: None if t is None else tuple(t.shape) for name, t in given.items()}
+    spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape))
+    return x, weight, bias
+
+
+def _check_told(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if value is None:
+        return
+    fits = tuple(value.shape) == shape and value.dtype == torch.float32
+    if not (fits and value.is_contiguous() and value.device == x.device):
+        got = f"{tuple(value.shape)}, {value.dtype} on {value.device}"
+        raise ValueError(
+            f"{name} is {got}; a step for this x tells {shape}, torch.float32 on {x.device}"
+        )
 
 
 def _named(norms: _Norms, **more: Tensor | None) -> dict[str, Tensor | None]:
@@ -307,45 +396,54 @@ def _plain(
 
 
 def _write(
-    out: tuple[Tensor, Tensor | None],
+    into: tuple[Tensor, Tensor | None],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norms: _Norms,
+    moments: Tensor | None,
     implementation: str | None,
-) -> None:
+) -> NormSiluLinearStep:
     """Y and, if wanted, h into the tensors given."""
+    y, h = into
     decision = _decide(x, len(weight), "forward", norms.skip is not None, implementation)
     with usage.timed(decision):
-        if decision.implementation == "torch" or not x.numel():
-            with torch_functions.without_autocast(x):
-                h = _finish(x, norms, "torch" if implementation == "torch" else None)
-                if out[1] is not None:
-                    out[1].copy_(h)
-                h = _as_rows(h.to(weight.dtype))
-                if bias is None or out[0].dtype != weight.dtype:
-                    out[0].copy_(F.linear(h, weight, bias).view(out[0].shape))
-                else:
-                    torch.addmm(bias, h, weight.mT, out=_viewed(out[0]))
-        else:
-            _launch(out, x, weight, bias, norms, decision)
+        if decision.implementation != "torch" and x.numel():
+            told = _launch(into, x, weight, bias, norms, moments, decision)
+            return NormSiluLinearStep(y, h, *told)
+        with torch_functions.without_autocast(x):
+            found = _finish(x, norms, "torch" if implementation == "torch" else None)
+            if h is not None:
+                h.copy_(found)
+            rows = _as_rows(found.to(weight.dtype))
+            if bias is None or y.dtype != weight.dtype:
+                y.copy_(F.linear(rows, weight, bias).view(y.shape))
+            else:
+                torch.addmm(bias, rows, weight.mT, out=_viewed(y))
+    return NormSiluLinearStep(y, h, None, None)
 
 
 def _launch(
-    out: tuple[Tensor, Tensor | None],
+    into: tuple[Tensor, Tensor | None],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norms: _Norms,
+    moments: Tensor | None,
     decision: dispatch.Decision,
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """Moments of y and statistics of the norms."""
     from . import triton_kernel
 
-    y, h = (None if value is None else _viewed(value) for value in out)
+    y, h = (None if value is None else _viewed(value) for value in into)
     assert y is not None
+    of_y = x.new_empty(spec.moments_shape(*y.shape), dtype=torch.float32)
+    statistics = x.new_empty(len(y), 2 if norms.skip is None else 4, dtype=torch.float32)
     triton_kernel.forward(
         y,
         h,
+        of_y,
+        statistics,
         _dense(x),
         norms.weight.contiguous(),
         norms.bias.contiguous(),
@@ -354,10 +452,12 @@ def _launch(
         None if norms.skip is None else _dense(norms.skip),
         None if norms.skip_weight is None else norms.skip_weight.contiguous(),
         None if norms.skip_bias is None else norms.skip_bias.contiguous(),
+        moments,
         norms.eps,
         decision.config,
         torch_device(x.device),
     )
+    return of_y, statistics
 
 
 def _viewed(value: Tensor) -> Tensor:
@@ -373,6 +473,7 @@ def _pull(
     x: Tensor,
     weight: Tensor,
     norms: _Norms,
+    statistics: Tensor | None,
     implementation: str | None,
 ) -> None:
     """Write or add the gradient of the linear layer's input, and write that of the skip."""
@@ -399,6 +500,7 @@ def _pull(
             weight.contiguous(),
             None if norms.skip is None else _dense(norms.skip),
             None if norms.skip_weight is None else norms.skip_weight.contiguous(),
+            statistics,
             norms.eps,
             decision.config,
             torch_device(x.device),
@@ -432,9 +534,9 @@ def _forward_op(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     norms = _Norms(norm_weight, norm_bias, skip, skip_weight, skip_bias, eps)
-    out = _results(x, norm_weight, weight)
-    _write(out, x, weight, bias, norms, implementation)
-    return out
+    found = _results(x, norm_weight, weight)
+    _write(found, x, weight, bias, norms, None, implementation)
+    return found
 
 
 def _results(x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Triton kernels of norm, SiLU, skip, norm and a linear layer, and their launches.
 
-A program makes a tile of the result from whole rows, and walks over them twice: for the first
-norm's statistics, and with the product. A row's SiLU is computed anew in each program of its rows:
-two special functions an element are what such a kernel waits for, so they are taken once. What the
-second walk does not know yet comes in at its end, since the product is linear: with u the sum of
-SiLU and skip, m and i its mean and inverse deviation, S its norm's weight and t its bias,
+A program makes a tile of the result from whole rows, and walks over them with the product; the
+first norm's statistics come from the call that made the rows, or from a walk of their own. A row's
+SiLU is computed anew in each program of its rows: two special functions an element are what such
+a kernel waits for, so they are taken once. What the walk does not know yet comes in at its end,
+since the product is linear: with u the sum of SiLU and skip, m and i its mean and inverse
+deviation, S its norm's weight and t its bias,
 
     norm(u) W^T = i ((u S) W^T - m (S W^T)) + t W^T
 
@@ -14,8 +15,12 @@ the SiLU, w the first norm's weight and z its normalised rows, it is
 
     j (q - mean q - z mean(q z)),   q = i (g - mean g - o mean(g o)) s w,   o = i (u - m)
 
-of which the products of g s w, s w, u s w, z and 1 with the weights, and ten sums over the row,
-are enough.
+of which the products of g s w, s w, u s w, z and 1 with the weights, and sums over the row, are
+enough.
+
+Tiles are (slices, rows, depth): each warp has a slice of the columns and makes all of the tile's
+products of it, and the slices are added at the end. Warps that shared the columns would each load
+all rows again, and wait for one product after the other.
 """
 
 from __future__ import annotations
@@ -29,48 +34,77 @@ import triton.language as tl
 from ..core.ahead_of_time import Compilation
 from ..core.device import Device
 from ..core.problem import Problem
-from .spec import Config, padded
+from .spec import MOMENT_COLUMNS, SMALLEST_SIDE, Config, padded
 
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+_HIGH_BITS = tl.constexpr(0xFFFFE000)
+"""Of a float32 number: those that a TF32 product takes."""
+
+
+@triton.jit
+def _columns(start, SLICES: tl.constexpr, DEPTH: tl.constexpr):
+    """``SLICES * DEPTH`` columns from ``start``, (slices, depth)."""
+    return start + (tl.arange(0, SLICES) * DEPTH)[:, None] + tl.arange(0, DEPTH)[None, :]
+
+
+@triton.jit
+def _real(in_range, in_row):
+    return in_range[None, :, None] & in_row[:, None, :]
 
 
 @triton.jit
 def _rows(source, row, k, stride, real):
     """Columns ``k`` of some rows, in float32; 0 where they are not real."""
-    place = source + (row * stride)[:, None] + k[None, :]
+    place = source + (row * stride)[None, :, None] + k[:, None, :]
     return tl.load(place, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _line(source, k, in_row):
-    return tl.load(source + k, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    return tl.load(source + k, mask=in_row, other=0.0).to(tl.float32)[:, None, :]
+
+
+@triton.jit
+def _sum(tile):
+    """Over slices and depth: of each row."""
+    return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def _each(value):
+    """A number of each row, to go with tiles."""
+    return value[None, :, None]
+
+
+@triton.jit
+def _inverse_deviation(variance, eps):
+    return 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
 
 
 @triton.jit
 def _spread(sums, squares, eps, WIDTH: tl.constexpr):
     """Mean and 1 / deviation from sums of elements and of squares."""
-    mean = tl.sum(sums, axis=1) / WIDTH
-    variance = tl.sum(squares, axis=1) / WIDTH - mean * mean
-    return mean, 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
+    mean = _sum(sums) / WIDTH
+    return mean, _inverse_deviation(_sum(squares) / WIDTH - mean * mean, eps)
 
 
 @triton.jit
 def _statistics(
-    x, row, in_range, stride, eps, WIDTH: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    x, row, in_range, stride, eps, WIDTH: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr
+):
     """Mean and 1 / deviation of each row, of what is left when the first columns' mean is taken
-    off: its mean is at most sqrt(WIDTH / BLOCK_IN) deviations, so little cancels."""
-    k = tl.arange(0, BLOCK_IN)
-    real = in_range[:, None] & (k < WIDTH)[None, :]
+    off: its mean is at most sqrt(WIDTH / (SLICES * DEPTH)) deviations, so little cancels."""
+    BLOCK: tl.constexpr = SLICES * DEPTH
+    k = _columns(0, SLICES, DEPTH)
+    real = _real(in_range, k < WIDTH)
     first = _rows(x, row, k, stride, real)
-    shift = tl.sum(first, axis=1) / min(BLOCK_IN, WIDTH)
-    sums = tl.where(real, first - shift[:, None], 0.0)
+    shift = _sum(first) / min(BLOCK, WIDTH)
+    sums = tl.where(real, first - _each(shift), 0.0)
     squares = sums * sums
-    for start in tl.static_range(BLOCK_IN, WIDTH, BLOCK_IN):
-        k = start + tl.arange(0, BLOCK_IN)
-        real = in_range[:, None] & (k < WIDTH)[None, :]
-        value = tl.where(real, _rows(x, row, k, stride, real) - shift[:, None], 0.0)
+    for start in tl.static_range(BLOCK, WIDTH, BLOCK):
+        k = _columns(start, SLICES, DEPTH)
+        real = _real(in_range, k < WIDTH)
+        value = tl.where(real, _rows(x, row, k, stride, real) - _each(shift), 0.0)
         sums += value
         squares += value * value
     mean, inverse = _spread(sums, squares, eps, WIDTH)
@@ -78,203 +112,315 @@ def _statistics(
 
 
 @triton.jit
-def _activated(x, norm_weight, norm_bias, row, k, in_row, real, stride, mean, inverse):
-    """Normalised rows, SiLU of their affine map, its slope, and the norm's weight. Of columns that
-    do not exist the last three are such that value and slope times weight are 0."""
-    inner = (_rows(x, row, k, stride, real) - mean[:, None]) * inverse[:, None]
-    scale = _line(norm_weight, k, in_row)
-    value = inner * scale + _line(norm_bias, k, in_row)
-    # 1 / (1 + e) from a power of 2 and a reciprocal root: those need no care for subnormal
-    # numbers, and take 6 instructions where an exponential and a division take 14. Below 2^-63 it
-    # is that.
-    e = 1.0 + tl.exp2(tl.minimum(value * _MINUS_LOG2_E, 63.0))
-    opened = tl.rsqrt(e * e)
-    slope = opened + opened * (1.0 - opened) * value
-    return inner, value * opened, slope, scale
-
-
-@triton.jit
-def _first_mean(
-    x, norm_weight, norm_bias, skip, row, in_range, x_row, skip_row, mean, inverse,
-    WIDTH: tl.constexpr, BLOCK_IN: tl.constexpr,
+def _joined(
+    moments, row, rows, in_range, eps, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of SiLU and skip in the first columns of each row."""
-    size: tl.constexpr = BLOCK_IN if BLOCK_IN <= WIDTH else WIDTH
-    k = tl.arange(0, BLOCK_IN)
-    in_row = k < WIDTH
-    real = in_range[:, None] & in_row[None, :]
-    _, value, _, _ = _activated(
-        x, norm_weight, norm_bias, row, k, in_row, real, x_row, mean, inverse
-    )
-    value = tl.where(real, value + _rows(skip, row, k, skip_row, real), 0.0)
-    return tl.sum(value, axis=1) / size
+    """Mean and 1 / deviation of each row from those of its blocks of columns."""
+    blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    block = tl.arange(0, BLOCKS)
+    real = in_range[:, None] & (block < blocks)[None, :]
+    place = moments + (row * blocks)[:, None] + block[None, :]
+    means = tl.load(place, mask=real, other=0.0)
+    squares = tl.load(place + rows.to(tl.int64) * blocks, mask=real, other=0.0)
+    left = WIDTH - block * BLOCK_COLUMNS
+    size = tl.minimum(tl.maximum(left, 0), BLOCK_COLUMNS).to(tl.float32)[None, :]
+    mean = tl.sum(means * size, 1) / WIDTH
+    away = means - mean[:, None]
+    variance = tl.sum(squares + size * away * away, 1) / WIDTH
+    return mean, _inverse_deviation(variance, eps)
 
 
 @triton.jit
-def _product(left, right, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    left = left.to(right.dtype)
+def _store_moments(
+    moments, y, row, rows, in_range, FEATURES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Of a tile of y (rows, features), of each block of columns the mean and the sum of squared
+    distances from it."""
+    COUNT: tl.constexpr = y.shape[1] // BLOCK_COLUMNS
+    blocks: tl.constexpr = (FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    block = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
+    left = FEATURES - block * BLOCK_COLUMNS
+    size = tl.minimum(tl.maximum(left, 1), BLOCK_COLUMNS).to(tl.float32)[None, :]
+    real = (tl.arange(0, BLOCK_COLUMNS)[None, :] < left[:, None])[None, :, :]
+    y = tl.reshape(y, [y.shape[0], COUNT, BLOCK_COLUMNS])
+    mean = tl.sum(tl.where(real, y, 0.0), 2) / size
+    away = tl.where(real, y - mean[:, :, None], 0.0)
+    place = moments + (row * blocks)[:, None] + block[None, :]
+    mask = in_range[:, None] & (block < blocks)[None, :]
+    tl.store(place, mean, mask=mask)
+    tl.store(place + rows.to(tl.int64) * blocks, tl.sum(away * away, 2), mask=mask)
+
+
+@triton.jit
+def _normed(x, mean, inverse):
+    return x * _each(inverse) - _each(mean * inverse)
+
+
+@triton.jit
+def _sigmoid(value):
+    """1 / (1 + e) from a power of 2 and a reciprocal root: those need no care for subnormal
+    numbers, and take 5 instructions where an exponential and a division take 14. Below 2^-64 it is
+    0."""
+    e = 1.0 + tl.exp2(value * _MINUS_LOG2_E)
+    return tl.rsqrt(e * e)
+
+
+@triton.jit
+def _silu(x, scale, bias, mean, inverse):
+    """Of the norm of rows; 0 in columns that do not exist, whose scale and bias are."""
+    value = _normed(x, mean, inverse) * scale + bias
+    return value * _sigmoid(value)
+
+
+@triton.jit
+def _activated(x, scale, bias, mean, inverse):
+    """Normalised rows, SiLU of their affine map, and its slope."""
+    inner = _normed(x, mean, inverse)
+    value = inner * scale + bias
+    opened = _sigmoid(value)
+    return inner, value * opened, opened + opened * (1.0 - opened) * value
+
+
+@triton.jit
+def _product(weight, value, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``total`` (slices, features, rows) and the product of weights (slices, features, depth) with
+    a tile."""
+    value = tl.permute(value.to(weight.dtype), (0, 2, 1))
     if UPCAST:
         # The interpreter cannot multiply matrices of bfloat16.
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
+        return tl.dot(weight.to(tl.float32), value.to(tl.float32), total)
+    if PRECISION == "tf32x3" and weight.dtype == tl.float32:
+        # What `tl.dot` does for "tf32x3", without its care for infinite weights: two thirds of the
+        # instructions.
+        high_weight = (weight.to(tl.uint32, bitcast=True) & _HIGH_BITS).to(
+            tl.float32, bitcast=True
+        )
+        high_value = (value.to(tl.uint32, bitcast=True) & _HIGH_BITS).to(tl.float32, bitcast=True)
+        total = tl.dot(weight - high_weight, high_value, total, input_precision="tf32")
+        total = tl.dot(high_weight, value - high_value, total, input_precision="tf32")
+        return tl.dot(high_weight, high_value, total, input_precision="tf32")
+    return tl.dot(weight, value, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _matrix(weight, feature, k, in_features, in_row, feature_stride, k_stride):
+    """Weights (slices, features, depth)."""
+    place = weight + (feature.to(tl.int64) * feature_stride)[None, :, None]
+    place += (k.to(tl.int64) * k_stride)[:, None, :]
+    mask = in_features[None, :, None] & in_row[:, None, :]
+    return tl.load(place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _scales(norm_weight, norm_bias, k, in_row):
+    return _line(norm_weight, k, in_row), _line(norm_bias, k, in_row)
 
 
 @triton.jit
 def forward_kernel(
-    x, norm_weight, norm_bias, skip, skip_weight, skip_bias, weight, bias, y, h,
+    x, norm_weight, norm_bias, skip, skip_weight, skip_bias, weight, bias, moments,
+    y, h, of_y, statistics,
     rows, x_row, skip_row, y_row, h_row, eps,
     WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr, BLOCK_IN: tl.constexpr, SHARE: tl.constexpr,
-    SKIP: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, SHARE: tl.constexpr,
+    LINES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SKIP: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``y`` and, with `KEEP`, a share of the columns of ``h``."""
+    """A tile of ``y``, its moments and, with `KEEP`, a share of the columns of ``h``; the first
+    programs of the rows write the norms' statistics. `MOMENTS`: those of ``x`` are given."""
+    BLOCK: tl.constexpr = SLICES * DEPTH
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     in_range, in_features = row < rows, feature < FEATURES
-    mean, inverse = _statistics(x, row, in_range, x_row, eps, WIDTH, BLOCK_IN, BLOCK_ROWS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+    # What depends on nothing is asked for first.
+    if KEEP:
+        share = _columns(tl.program_id(1) * SHARE, 1, SHARE)
+        in_share = share < WIDTH
+        real_share = _real(in_range, in_share)
+        share_x = _rows(x, row, share, x_row, real_share)
+        share_scale, share_bias = _scales(norm_weight, norm_bias, share, in_share)
     if SKIP:
-        shift = _first_mean(
-            x, norm_weight, norm_bias, skip, row, in_range, x_row, skip_row, mean, inverse,
-            WIDTH, BLOCK_IN,
-        )  # fmt: skip
-        of_lines = total
-        sums = tl.zeros([BLOCK_ROWS, BLOCK_IN], tl.float32)
-        squares = sums
-        number = tl.arange(0, BLOCK_ROWS)[:, None]
-    for start in range(0, WIDTH, BLOCK_IN):
-        k = start + tl.arange(0, BLOCK_IN)
+        k = _columns(0, SLICES, DEPTH)
         in_row = k < WIDTH
-        real = in_range[:, None] & in_row[None, :]
-        right = tl.load(
-            weight + feature.to(tl.int64)[None, :] * WIDTH + k[:, None],
-            mask=in_row[:, None] & in_features[None, :],
-            other=0.0,
-        )
-        _, value, _, _ = _activated(
-            x, norm_weight, norm_bias, row, k, in_row, real, x_row, mean, inverse
-        )
+        real = _real(in_range, in_row)
+        matrix = _matrix(weight, feature, k, in_features, in_row, WIDTH, 1)
+        first = _rows(x, row, k, x_row, real)
+        first_skip = _rows(skip, row, k, skip_row, real)
+        scale, offset = _scales(norm_weight, norm_bias, k, in_row)
+        if KEEP:
+            share_skip = _rows(skip, row, share, skip_row, real_share)
+            share_skip_scale, share_skip_bias = _scales(skip_weight, skip_bias, share, in_share)
+    if MOMENTS:
+        mean, inverse = _joined(moments, row, rows, in_range, eps, WIDTH, BLOCKS, BLOCK_COLUMNS)
+    else:
+        mean, inverse = _statistics(x, row, in_range, x_row, eps, WIDTH, SLICES, DEPTH)
+    total = tl.zeros([SLICES, BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
+    if SKIP:
+        value = _silu(first, scale, offset, mean, inverse) + first_skip
+        shift = _sum(tl.where(real, value, 0.0)) / min(BLOCK, WIDTH)
+        value = tl.where(in_row[:, None, :], value - _each(shift), 0.0)
+        sums = value
+        squares = value * value
+        scale, offset = _scales(skip_weight, skip_bias, k, in_row)
+        total = _product(matrix, value * scale, total, PRECISION, UPCAST)
+        # The norm's weight and bias, as two more rows.
+        of_lines = tl.zeros([SLICES, BLOCK_FEATURES, LINES], tl.float32)
+        number = tl.arange(0, LINES)[None, :, None]
+        lines = tl.where(number == 0, scale, tl.where(number == 1, offset, 0.0))
+        of_lines = _product(matrix, lines, of_lines, PRECISION, UPCAST)
+    if KEEP:
+        kept = _silu(share_x, share_scale, share_bias, mean, inverse)
         if SKIP:
-            value += _rows(skip, row, k, skip_row, real) - shift[:, None]
-            value = tl.where(in_row[None, :], value, 0.0)
+            kept += share_skip
+        else:
+            place = h + (row * h_row)[None, :, None] + share[:, None, :]
+            tl.store(place, kept.to(h.dtype.element_ty), mask=real_share)
+    for start in range(BLOCK if SKIP else 0, WIDTH, BLOCK):
+        k = _columns(start, SLICES, DEPTH)
+        in_row = k < WIDTH
+        real = _real(in_range, in_row)
+        matrix = _matrix(weight, feature, k, in_features, in_row, WIDTH, 1)
+        scale, offset = _scales(norm_weight, norm_bias, k, in_row)
+        value = _silu(_rows(x, row, k, x_row, real), scale, offset, mean, inverse)
+        if SKIP:
+            value += _rows(skip, row, k, skip_row, real) - _each(shift)
+            value = tl.where(in_row[:, None, :], value, 0.0)
             sums += value
             squares += value * value
-            scale = _line(skip_weight, k, in_row)
+            scale, offset = _scales(skip_weight, skip_bias, k, in_row)
             value *= scale
-            # The norm's weight and bias as two more rows.
-            lines = tl.where(number == 0, scale, 0.0)
-            lines = tl.where(number == 1, _line(skip_bias, k, in_row), lines)
-            of_lines = _product(lines, right, of_lines, PRECISION, UPCAST)
-        total = _product(value, right, total, PRECISION, UPCAST)
+            lines = tl.where(number == 0, scale, tl.where(number == 1, offset, 0.0))
+            of_lines = _product(matrix, lines, of_lines, PRECISION, UPCAST)
+        total = _product(matrix, value, total, PRECISION, UPCAST)
+    total = tl.trans(tl.sum(total, 0))
     if SKIP:
         outer_mean, outer_inverse = _spread(sums, squares, eps, WIDTH)
-        of_scale = tl.sum(tl.where(number == 0, of_lines, 0.0), axis=0)
-        of_bias = tl.sum(tl.where(number == 1, of_lines, 0.0), axis=0)
+        of_lines = tl.sum(of_lines, 0)
+        number = tl.arange(0, LINES)[None, :]
+        of_scale = tl.sum(tl.where(number == 0, of_lines, 0.0), 1)
+        of_bias = tl.sum(tl.where(number == 1, of_lines, 0.0), 1)
         total = (total - outer_mean[:, None] * of_scale[None, :]) * outer_inverse[:, None]
         total += of_bias[None, :]
+        outer_mean += shift
     if BIAS:
-        total += _line(bias, feature, in_features)
+        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[None, :]
+    stored = total.to(y.dtype.element_ty)
     place = y + (row * y_row)[:, None] + feature[None, :]
-    mask = in_range[:, None] & in_features[None, :]
-    tl.store(place, total.to(y.dtype.element_ty), mask=mask)
-
-    if KEEP:
-        k = tl.program_id(1) * SHARE + tl.arange(0, SHARE)
-        in_row = k < WIDTH
-        real = in_range[:, None] & in_row[None, :]
-        _, value, _, _ = _activated(
-            x, norm_weight, norm_bias, row, k, in_row, real, x_row, mean, inverse
-        )
-        if SKIP:
-            value += _rows(skip, row, k, skip_row, real) - shift[:, None]
-            value = (value - outer_mean[:, None]) * outer_inverse[:, None]
-            value = value * _line(skip_weight, k, in_row) + _line(skip_bias, k, in_row)
-        place = h + (row * h_row)[:, None] + k[None, :]
-        tl.store(place, value.to(h.dtype.element_ty), mask=real)
+    tl.store(place, stored, mask=in_range[:, None] & in_features[None, :])
+    _store_moments(of_y, stored.to(tl.float32), row, rows, in_range, FEATURES, BLOCK_COLUMNS)
+    once = in_range & (tl.program_id(1) == 0)
+    place = statistics + row * (4 if SKIP else 2)
+    tl.store(place, mean, mask=once)
+    tl.store(place + 1, inverse, mask=once)
+    if SKIP:
+        tl.store(place + 2, outer_mean, mask=once)
+        tl.store(place + 3, outer_inverse, mask=once)
+    if KEEP and SKIP:
+        kept = (kept - _each(outer_mean)) * _each(outer_inverse)
+        kept = kept * share_skip_scale + share_skip_bias
+        place = h + (row * h_row)[None, :, None] + share[:, None, :]
+        tl.store(place, kept.to(h.dtype.element_ty), mask=real_share)
 
 
 @triton.jit
 def gradient_kernel(
-    of_h, x, norm_weight, norm_bias, skip, skip_weight, weight, into, of_skip,
+    of_h, x, norm_weight, norm_bias, skip, skip_weight, weight, statistics, into, of_skip,
     rows, of_h_row, x_row, skip_row, into_row, of_skip_row, eps,
     WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr, BLOCK_IN: tl.constexpr, SHARE: tl.constexpr,
-    SKIP: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, SHARE: tl.constexpr,
+    SKIP: tl.constexpr, ADD: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of the linear layer's input, written to ``into`` or added, and a
-    share of the columns of the gradient of ``skip``."""
+    share of the columns of the gradient of ``skip``. `STATISTICS` of the norms are given."""
+    BLOCK: tl.constexpr = SLICES * DEPTH
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     in_range, in_features = row < rows, feature < FEATURES
-    mean, inverse = _statistics(x, row, in_range, x_row, eps, WIDTH, BLOCK_IN, BLOCK_ROWS)
-    of_steep = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+    if STATISTICS:
+        # Picked by sums: the compiler would make a number it can load again in every layout, and
+        # with it the SiLU.
+        COUNT: tl.constexpr = 4 if SKIP else 2
+        number = tl.arange(0, COUNT)[None, :]
+        place = statistics + (row * COUNT)[:, None] + number
+        known = tl.load(place, mask=in_range[:, None], other=0.0)
+        mean = tl.sum(tl.where(number == 0, known, 0.0), 1)
+        inverse = tl.sum(tl.where(number == 1, known, 0.0), 1)
+        if SKIP:
+            shift = tl.sum(tl.where(number == 2, known, 0.0), 1)
+            outer_inverse = tl.sum(tl.where(number == 3, known, 0.0), 1)
+            outer_mean = tl.zeros([BLOCK_ROWS], tl.float32)
+    else:
+        mean, inverse = _statistics(x, row, in_range, x_row, eps, WIDTH, SLICES, DEPTH)
+        if SKIP:
+            k = _columns(0, SLICES, DEPTH)
+            in_row = k < WIDTH
+            real = _real(in_range, in_row)
+            scale, offset = _scales(norm_weight, norm_bias, k, in_row)
+            value = _silu(_rows(x, row, k, x_row, real), scale, offset, mean, inverse)
+            value = tl.where(real, value + _rows(skip, row, k, skip_row, real), 0.0)
+            shift = _sum(value) / min(BLOCK, WIDTH)
+    of_steep = tl.zeros([SLICES, BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
     of_inner, of_ones, of_slope, of_sum = of_steep, of_steep, of_steep, of_steep
-    nothing = tl.zeros([BLOCK_ROWS, BLOCK_IN], tl.float32)
+    nothing = tl.zeros([SLICES, BLOCK_ROWS, DEPTH], tl.float32)
     steep, steep_inner = nothing, nothing
     if SKIP:
-        shift = _first_mean(
-            x, norm_weight, norm_bias, skip, row, in_range, x_row, skip_row, mean, inverse,
-            WIDTH, BLOCK_IN,
-        )  # fmt: skip
         sums, squares, given, given_sum = nothing, nothing, nothing, nothing
         slopes, slopes_inner, sloped, sloped_inner = nothing, nothing, nothing, nothing
-    for start in range(0, WIDTH, BLOCK_IN):
-        k = start + tl.arange(0, BLOCK_IN)
+    for start in range(0, WIDTH, BLOCK):
+        k = _columns(start, SLICES, DEPTH)
         in_row = k < WIDTH
-        real = in_range[:, None] & in_row[None, :]
-        right = tl.load(
-            weight + k.to(tl.int64)[:, None] * FEATURES + feature[None, :],
-            mask=in_row[:, None] & in_features[None, :],
-            other=0.0,
-        )
-        inner, value, slope, scale = _activated(
-            x, norm_weight, norm_bias, row, k, in_row, real, x_row, mean, inverse
+        real = _real(in_range, in_row)
+        matrix = _matrix(weight, feature, k, in_features, in_row, 1, FEATURES)
+        scale, offset = _scales(norm_weight, norm_bias, k, in_row)
+        inner, value, slope = _activated(
+            _rows(x, row, k, x_row, real), scale, offset, mean, inverse
         )
         g = _rows(of_h, row, k, of_h_row, real)
         slope *= scale
         if SKIP:
             g *= _line(skip_weight, k, in_row)
-            value += _rows(skip, row, k, skip_row, real) - shift[:, None]
-            value = tl.where(in_row[None, :], value, 0.0)
-            sums += value
-            squares += value * value
+            value += _rows(skip, row, k, skip_row, real) - _each(shift)
+            value = tl.where(in_row[:, None, :], value, 0.0)
+            if not STATISTICS:
+                sums += value
+                squares += value * value
             given += g
             given_sum += g * value
             slopes += slope
             slopes_inner += slope * inner
-            of_slope = _product(slope, right, of_slope, PRECISION, UPCAST)
+            of_slope = _product(matrix, slope, of_slope, PRECISION, UPCAST)
             value *= slope
             sloped += value
             sloped_inner += value * inner
-            of_sum = _product(value, right, of_sum, PRECISION, UPCAST)
+            of_sum = _product(matrix, value, of_sum, PRECISION, UPCAST)
         g *= slope
         steep += g
         steep_inner += g * inner
-        of_steep = _product(g, right, of_steep, PRECISION, UPCAST)
-        of_inner = _product(inner, right, of_inner, PRECISION, UPCAST)
-        of_ones = _product(nothing + 1.0, right, of_ones, PRECISION, UPCAST)
-    level = tl.sum(steep, axis=1) / WIDTH
-    along = tl.sum(steep_inner, axis=1) / WIDTH
-    total = of_steep
+        of_steep = _product(matrix, g, of_steep, PRECISION, UPCAST)
+        of_inner = _product(matrix, inner, of_inner, PRECISION, UPCAST)
+        of_ones = _product(matrix, nothing + 1.0, of_ones, PRECISION, UPCAST)
+    level = _sum(steep) / WIDTH
+    along = _sum(steep_inner) / WIDTH
+    total = tl.sum(of_steep, 0)
     if SKIP:
-        outer_mean, outer_inverse = _spread(sums, squares, eps, WIDTH)
+        if not STATISTICS:
+            outer_mean, outer_inverse = _spread(sums, squares, eps, WIDTH)
         # The gradient of u is outer_inverse * (g - base - u * rise).
-        base = tl.sum(given, axis=1) / WIDTH
-        rise = tl.sum(given_sum, axis=1) / WIDTH - outer_mean * base
+        base = _sum(given) / WIDTH
+        rise = _sum(given_sum) / WIDTH - outer_mean * base
         rise *= outer_inverse * outer_inverse
         base -= outer_mean * rise
-        level -= base * tl.sum(slopes, axis=1) / WIDTH + rise * tl.sum(sloped, axis=1) / WIDTH
-        along -= (
-            base * tl.sum(slopes_inner, axis=1) / WIDTH
-            + rise * tl.sum(sloped_inner, axis=1) / WIDTH
-        )
+        level -= base * _sum(slopes) / WIDTH + rise * _sum(sloped) / WIDTH
+        along -= base * _sum(slopes_inner) / WIDTH + rise * _sum(sloped_inner) / WIDTH
         level *= outer_inverse
         along *= outer_inverse
-        total -= base[:, None] * of_slope + rise[:, None] * of_sum
-        total *= outer_inverse[:, None]
-    total -= level[:, None] * of_ones + along[:, None] * of_inner
-    total *= inverse[:, None]
+        total -= base[None, :] * tl.sum(of_slope, 0) + rise[None, :] * tl.sum(of_sum, 0)
+        total *= outer_inverse[None, :]
+    total -= level[None, :] * tl.sum(of_ones, 0) + along[None, :] * tl.sum(of_inner, 0)
+    total = tl.trans(total * inverse[None, :])
     place = into + (row * into_row)[:, None] + feature[None, :]
     mask = in_range[:, None] & in_features[None, :]
     if ADD:
@@ -282,17 +428,18 @@ def gradient_kernel(
     tl.store(place, total.to(into.dtype.element_ty), mask=mask)
 
     if SKIP:
-        k = tl.program_id(1) * SHARE + tl.arange(0, SHARE)
-        in_row = k < WIDTH
-        real = in_range[:, None] & in_row[None, :]
-        _, value, _, _ = _activated(
-            x, norm_weight, norm_bias, row, k, in_row, real, x_row, mean, inverse
-        )
-        value += _rows(skip, row, k, skip_row, real) - shift[:, None]
-        g = _rows(of_h, row, k, of_h_row, real) * _line(skip_weight, k, in_row)
-        g = (g - base[:, None] - value * rise[:, None]) * outer_inverse[:, None]
-        place = of_skip + (row * of_skip_row)[:, None] + k[None, :]
-        tl.store(place, g.to(of_skip.dtype.element_ty), mask=real)
+        share = _columns(tl.program_id(1) * SHARE, 1, SHARE)
+        in_share = share < WIDTH
+        real_share = _real(in_range, in_share)
+        share_scale, share_bias = _scales(norm_weight, norm_bias, share, in_share)
+        share_x = _rows(x, row, share, x_row, real_share)
+        kept = _silu(share_x, share_scale, share_bias, mean, inverse)
+        kept += _rows(skip, row, share, skip_row, real_share) - _each(shift)
+        share_g = _rows(of_h, row, share, of_h_row, real_share)
+        share_g *= _line(skip_weight, share, in_share)
+        share_g = (share_g - _each(base) - kept * _each(rise)) * _each(outer_inverse)
+        place = of_skip + (row * of_skip_row)[None, :, None] + share[:, None, :]
+        tl.store(place, share_g.to(of_skip.dtype.element_ty), mask=real_share)
 
 
 def _precision(platform: str, allow_tf32: bool) -> str:
@@ -306,31 +453,58 @@ def _grid(rows: int, features: int, config: Config) -> tuple[int, int]:
     return triton.cdiv(rows, config.block_rows), triton.cdiv(features, config.block_features)
 
 
-def _constants(rows: int, width: int, features: int, config: Config) -> dict[str, Any]:
+def _constants(
+    rows: int, width: int, features: int, config: Config, device: Device
+) -> dict[str, Any]:
+    """Of both kernels."""
     programs = _grid(rows, features, config)[1]
     return {
         "WIDTH": width,
         "FEATURES": features,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_FEATURES": config.block_features,
-        "BLOCK_IN": min(padded(width), config.block_in),
+        "SLICES": config.num_warps,
+        "DEPTH": max(min(padded(width), config.block_in) // config.num_warps, SMALLEST_SIDE),
         "SHARE": padded(triton.cdiv(width, programs)),
+        "LINES": 16 if device.platform == "hip" else 8,
+        "BLOCKS": padded(triton.cdiv(width, MOMENT_COLUMNS), 1),
+        "BLOCK_COLUMNS": MOMENT_COLUMNS,
     }
 
 
-def _options(dtype: torch.dtype, device: Device, config: Config) -> dict[str, Any]:
+def _launch(
+    kernel: Any,
+    arguments: dict[str, Any],
+    flags: dict[str, bool],
+    sizes: tuple[int, int, int],
+    config: Config,
+    device: Device,
+) -> None:
+    weight: torch.Tensor = arguments["weight"]
     allow_tf32 = torch.get_float32_matmul_precision() != "highest"
-    return {
-        "PRECISION": _precision(device.platform, allow_tf32),
-        "UPCAST": device.interpreted and dtype == torch.bfloat16,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    rows, _, features = sizes
+    constants = _constants(*sizes, config, device) | flags
+    constants["PRECISION"] = _precision(device.platform, allow_tf32)
+    constants["UPCAST"] = device.interpreted and weight.dtype == torch.bfloat16
+    # Where there is no such tensor any other takes its place, and is not looked at.
+    given = {name: weight if value is None else value for name, value in arguments.items()}
+    given |= {f"{name}_row": value.stride(0) for name, value in given.items() if name in _STRIDED}
+    given |= constants
+    kernel[_grid(rows, features, config)](
+        **{name: given[name] for name in kernel.arg_names},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+_STRIDED = ("x", "skip", "y", "h", "of_h", "into", "of_skip")
 
 
 def forward(
     y: torch.Tensor,
     h: torch.Tensor | None,
+    of_y: torch.Tensor,
+    statistics: torch.Tensor,
     x: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
@@ -339,37 +513,38 @@ def forward(
     skip: torch.Tensor | None,
     skip_weight: torch.Tensor | None,
     skip_bias: torch.Tensor | None,
+    moments: torch.Tensor | None,
     eps: float,
     config: Config,
     device: Device,
 ) -> None:
-    """Launch on ``x`` (rows, width), rows > 0, into ``y`` (rows, features) and, if wanted, ``h``.
-    The last axis of every tensor has stride 1; ``weight`` is contiguous."""
-    rows, width = x.shape
-    features = len(weight)
-    forward_kernel[_grid(rows, features, config)](
-        x,
-        norm_weight,
-        norm_bias,
-        x if skip is None else skip,
-        x if skip_weight is None else skip_weight,
-        x if skip_bias is None else skip_bias,
-        weight,
-        x if bias is None else bias,
-        y,
-        y if h is None else h,
-        rows,
-        x.stride(0),
-        (x if skip is None else skip).stride(0),
-        y.stride(0),
-        (y if h is None else h).stride(0),
-        eps,
-        **_constants(rows, width, features, config),
-        SKIP=skip is not None,
-        BIAS=bias is not None,
-        KEEP=h is not None,
-        **_options(weight.dtype, device, config),
-    )
+    """Launch on ``x`` (rows, width), rows > 0, into ``y`` (rows, features), the moments ``of_y``,
+    ``statistics`` and, if wanted, ``h``. The last axis of every tensor has stride 1; ``weight``
+    and what calls tell each other are contiguous."""
+    arguments = {
+        "x": x,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "skip": skip,
+        "skip_weight": skip_weight,
+        "skip_bias": skip_bias,
+        "weight": weight,
+        "bias": bias,
+        "moments": moments,
+        "y": y,
+        "h": h,
+        "of_y": of_y,
+        "statistics": statistics,
+        "rows": len(x),
+        "eps": eps,
+    }
+    flags = {
+        "SKIP": skip is not None,
+        "BIAS": bias is not None,
+        "KEEP": h is not None,
+        "MOMENTS": moments is not None,
+    }
+    _launch(forward_kernel, arguments, flags, (*x.shape, len(weight)), config, device)
 
 
 def gradient(
@@ -383,36 +558,29 @@ def gradient(
     weight: torch.Tensor,
     skip: torch.Tensor | None,
     skip_weight: torch.Tensor | None,
+    statistics: torch.Tensor | None,
     eps: float,
     config: Config,
     device: Device,
 ) -> None:
     """Launch on ``x`` (rows, width), rows > 0, and ``weight`` (width, features), into ``into``
     (rows, features) and, with a skip connection, ``of_skip``. Strides as in `forward`."""
-    rows, width = x.shape
-    features = weight.shape[1]
-    gradient_kernel[_grid(rows, features, config)](
-        of_h,
-        x,
-        norm_weight,
-        norm_bias,
-        x if skip is None else skip,
-        x if skip_weight is None else skip_weight,
-        weight,
-        into,
-        into if of_skip is None else of_skip,
-        rows,
-        of_h.stride(0),
-        x.stride(0),
-        (x if skip is None else skip).stride(0),
-        into.stride(0),
-        (into if of_skip is None else of_skip).stride(0),
-        eps,
-        **_constants(rows, width, features, config),
-        SKIP=skip is not None,
-        ADD=add,
-        **_options(weight.dtype, device, config),
-    )
+    arguments = {
+        "of_h": of_h,
+        "x": x,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "skip": skip,
+        "skip_weight": skip_weight,
+        "weight": weight,
+        "statistics": statistics,
+        "into": into,
+        "of_skip": of_skip,
+        "rows": len(x),
+        "eps": eps,
+    }
+    flags = {"SKIP": skip is not None, "ADD": add, "STATISTICS": statistics is not None}
+    _launch(gradient_kernel, arguments, flags, (*x.shape, weight.shape[1]), config, device)
 
 
 def compilations(problem: Problem, config: Config, device: Device) -> list[Compilation]:
@@ -421,15 +589,17 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     backward = problem.direction == "backward"
     kernel = gradient_kernel if backward else forward_kernel
     element = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[problem.dtype]
+    exact = ("moments", "of_y", "statistics")
     integers = {
         "rows": rows,
         **dict.fromkeys(("of_h_row", "x_row", "skip_row", "h_row", "of_skip_row"), width),
         **dict.fromkeys(("y_row", "into_row"), features),
     }
     constants = {
-        **_constants(rows, width, features, config),
+        **_constants(rows, width, features, config, device),
         "SKIP": bool(problem.flag("skip", False)),
         **dict.fromkeys(("BIAS", "KEEP", "ADD"), True),
+        **dict.fromkeys(("MOMENTS", "STATISTICS"), False),
         "PRECISION": _precision(device.platform, allow_tf32=False),
         "UPCAST": False,
         # The launcher compiles an integer 1 in, and knows a multiple of 16.
@@ -442,6 +612,8 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         if argument == "eps"
         else "i32"
         if argument in integers
+        else "*fp32"
+        if argument in exact
         else element
         for argument in kernel.arg_names
     }

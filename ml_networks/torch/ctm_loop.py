@@ -40,7 +40,7 @@ from ml_networks.kernels.torch import (
     neuron_level_model_trace_gradient,
     neuron_level_model_weight_gradient,
     norm_activation,
-    norm_silu_linear,
+    norm_silu_linear_step,
     norm_silu_skip_norm,
     synchronised_attention_gradient,
     synchronised_attention_key_gradient,
@@ -183,6 +183,9 @@ class Thought(NamedTuple):
     products
         The output of every linear layer, (T, B, width). These three are of the last tick only, if
         the others were not to be kept.
+    statistics
+        Of each tick what :func:`~ml_networks.kernels.torch.norm_silu_linear_step` told of each
+        layer's norms; None where it did not run.
     """
 
     inputs: Tensor
@@ -191,6 +194,7 @@ class Thought(NamedTuple):
     queries: Tensor
     log_sum_exp: Tensor
     products: tuple[Tensor, ...]
+    statistics: tuple[tuple[Tensor | None, ...], ...]
 
 
 def think(loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,6 +225,7 @@ class _Ticks(torch.autograd.Function):
         ctx.loop, ctx.count = loop, len(tensors)
         ctx.mark_non_differentiable(found.history, found.sums)
         ctx.save_for_backward(*tensors, *found[:5], *found.products)
+        ctx.statistics = found.statistics
         return found.inputs[..., loop.activations], found.history, found.sums
 
     @staticmethod
@@ -234,7 +239,8 @@ class _Ticks(torch.autograd.Function):
                 (of_activations,),
             )
         inputs, history, sums, queries, log_sum_exp, *products = kept
-        thought = Thought(inputs, history, sums, queries, log_sum_exp, tuple(products))
+        exact = sums, queries, log_sum_exp
+        thought = Thought(inputs, history, *exact, tuple(products), ctx.statistics)
         return None, *_gradients(loop.with_tensors(tensors), thought, of_activations)
 
 
@@ -253,6 +259,7 @@ def _run(loop: Loop, keep: bool) -> Thought:
     inputs[0, :, loop.activations] = loop.start
     history[: memory - 1] = loop.trace[:, 1:].T[:, None]
     outputs = _skips(loop)
+    statistics = []
     left, right = loop.pairs.chunk(2)
     for tick in range(ticks):
         row = tick if keep else 0
@@ -277,14 +284,14 @@ def _run(loop: Loop, keep: bool) -> Thought:
             )
         out = [product[row] for product in products]
         state = history[memory - 1 + tick]
-        _pass(loop, inputs[tick], out, outputs, state)
+        statistics.append(_pass(loop, inputs[tick], out, outputs, state))
         trace = history[tick : tick + memory].permute(1, 2, 0)
         following = inputs[tick + 1, :, loop.activations]
         if native:
             following.copy_(neuron_level_model(trace, *loop.neurons))
         else:
             neuron_level_model(trace, *loop.neurons, out=following)
-    return Thought(inputs, history, sums, queries, log_sum_exp, products)
+    return Thought(inputs, history, sums, queries, log_sum_exp, products, tuple(statistics))
 
 
 def _skips(loop: Loop) -> list[Tensor | None]:
@@ -302,10 +309,13 @@ def _pass(
     out: Sequence[Tensor],
     outputs: list[Tensor | None],
     state: Tensor,
-) -> None:
+) -> tuple[Tensor | None, ...]:
     """The linear layers of a tick into ``out``, what follows the last into ``state``, and what
-    follows the others, where it is skipped to a later layer, into ``outputs``."""
+    follows the others, where it is skipped to a later layer, into ``outputs``. Returns the norms'
+    statistics."""
     _linear(loop.layers[0], x, out[0])
+    moments: Tensor | None = None
+    told: list[Tensor | None] = []
     for number, layer in enumerate(loop.layers):
         y, skipped = out[number], _skipped(layer, outputs)
         following = loop.layers[number + 1] if number + 1 < len(loop.layers) else None
@@ -319,10 +329,18 @@ def _pass(
             weight, bias = following.linear
             results = out[number + 1], outputs[number]
             norms = _norms_of(layer, skipped)
-            norm_silu_linear(y, weight=weight, bias=bias, **norms, out=results)
+            step = norm_silu_linear_step(
+                y, weight=weight, bias=bias, **norms, into=results, moments=moments
+            )
+            moments = step.moments
+            told.append(step.statistics)
+            continue
         else:
             outputs[number] = x = _finish(layer, y, *skipped, *layer.norms)
             _linear(following, x.to(y.dtype), out[number + 1])
+        moments = None
+        told.append(None)
+    return tuple(told)
 
 
 def _history(loop: Loop) -> Tensor:
@@ -367,7 +385,7 @@ def _attend(loop: Loop, scale: Tensor, z: Tensor, before: Tensor | None) -> tupl
 
 def _gradients(loop: Loop, thought: Thought, of_activations: Tensor) -> list[Tensor]:
     """The gradients of :meth:`Loop.tensors`."""
-    inputs, history, sums, queries, log_sum_exp, products = thought
+    inputs, history, sums, queries, log_sum_exp, products, _ = thought
     ticks, memory, dtype = len(sums), loop.trace.shape[1], sums.dtype
     native, pairs = _natively(history), loop.pairs
     first, second = pairs.chunk(2)
@@ -474,8 +492,15 @@ def _pull(
     of_skip = None if layer.skip is None else of_outputs[layer.skip][tick]
     if _is_fused(layer, layer):
         norms = _norms_of(layer, skipped)
-        weight = layer.linear[0]
-        linear_norm_silu_gradient(of_x, y, weight=weight, **norms, into=into, of_skip=of_skip)
+        linear_norm_silu_gradient(
+            of_x,
+            y,
+            weight=layer.linear[0],
+            **norms,
+            statistics=thought.statistics[tick][number],
+            into=into,
+            of_skip=of_skip,
+        )
         return
     of_y, *of_skipped = _finish_gradient(layer, of_x.contiguous(), y, skipped)
     if of_skip is not None:

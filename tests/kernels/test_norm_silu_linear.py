@@ -28,6 +28,7 @@ from ml_networks.kernels.norm_silu_linear import reference, torch_op  # noqa: E4
 from ml_networks.kernels.torch import (  # noqa: E402
     linear_norm_silu_gradient,
     norm_silu_linear,
+    norm_silu_linear_step,
 )
 from tests.kernels.jax_transforms import assert_transforms  # noqa: E402
 
@@ -201,16 +202,87 @@ def test_results_go_where_they_are_wanted(implementation: str, skip: bool) -> No
     y, h = norm_silu_linear(**given, implementation="torch")
     wide = torch.zeros(5, 20, device=DEVICE)
     target, inner = wide[:, 3:14], torch.empty(5, 18, device=DEVICE, dtype=torch.float64)
-    out = norm_silu_linear(**given, out=(target, inner), implementation=implementation)
-    assert out[0] is target
-    assert out[1] is inner
+    found = norm_silu_linear_step(**given, into=(target, inner), implementation=implementation)
+    assert found.y is target
+    assert found.h is inner
     torch.testing.assert_close(target, y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(inner.float(), h, rtol=1e-4, atol=1e-5)
     assert not wide[:, :3].any()
     assert not wide[:, 14:].any()
     alone = torch.empty_like(y)
-    assert norm_silu_linear(**given, out=(alone, None), implementation=implementation)[1] is None
+    found = norm_silu_linear_step(**given, into=(alone, None), implementation=implementation)
+    assert found.h is None
     torch.testing.assert_close(alone, y, rtol=1e-4, atol=1e-5)
+
+
+# The second layer's rows are of several blocks of columns, the last of them not full.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("implementation", TORCH)
+def test_steps_tell_each_other_what_they_know(implementation: str, skip: bool, dtype: str) -> None:
+    element = getattr(torch, dtype)
+    first, second = inputs_of(19, 37, 75, False), inputs_of(19, 75, 21, skip, seed=1)
+    first["bias"] += 30.0  # far from 0, where sums of squares would cancel
+    given = tensors_of(first, element)
+    y = torch.empty(19, 75, device=DEVICE, dtype=element)
+    step = norm_silu_linear_step(**given, into=(y, None), implementation=implementation)
+    given = {**tensors_of(second), "x": y}
+    given |= {name: given[name].to(element) for name in ("weight", "bias")}
+    second["x"] = numbers_of({"": y})[""]
+    second |= {name: numbers_of({name: given[name]})[name] for name in ("weight", "bias")}
+    results = torch.empty(19, 21, device=DEVICE), torch.empty(19, 75, device=DEVICE)
+    options = {"moments": step.moments, "implementation": implementation}
+    step = norm_silu_linear_step(**given, into=results, **options)
+    exact = reference.forward(second, skip=skip)
+    coarse = 1.0 if dtype == "float32" else 150.0
+    assert_near(step.y, exact["y"], "y", 5e-5 * coarse)
+    # In bfloat16 too: only the product rounds.
+    assert_near(step.h, exact["h"], "h", 5e-5)
+
+    of_h = draw(19, 75)
+    exact = reference.linear_norm_silu_gradient(second, of_h.astype(np.float64), skip=skip)
+    cotangent = torch.from_numpy(of_h).to(DEVICE)
+    options = {"statistics": step.statistics, "implementation": implementation}
+    of_u, of_skip = linear_norm_silu_gradient(cotangent, **of_linear(given), **options)
+    assert_near(of_u, exact["input"], "of_u", 5e-5 * coarse)
+    if skip:
+        assert_near(of_skip, exact["skip"], "of_skip", 5e-5)
+    told = step.moments is not None, step.statistics is not None
+    assert told == (implementation == "triton",) * 2
+
+
+@needs_triton
+def test_what_is_told_is_used() -> None:
+    given = tensors_of(inputs_of(5, 40, 11, True))
+    into = torch.empty(5, 11, device=DEVICE), None
+    options = {"into": into, "implementation": "triton"}
+    step = norm_silu_linear_step(**given, **options)
+    y, moments, statistics = step.y.clone(), step.moments, step.statistics
+    assert moments is not None
+    assert statistics is not None
+    x = given["x"].double()
+    u = torch.nn.functional.silu(
+        torch.nn.functional.layer_norm(x, (40,)) * given["norm_weight"] + given["norm_bias"]
+    )
+    u += given["skip"]
+    for value, (mean, inverse) in ((x, statistics[:, :2].unbind(1)), (u, statistics[:, 2:].T)):
+        variance = value.var(1, correction=0)
+        torch.testing.assert_close(mean.double(), value.mean(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inverse.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+    assert moments.shape == (2, 5, 1)
+    torch.testing.assert_close(moments[0, :, 0], step.y.mean(1), rtol=1e-5, atol=1e-6)
+    squares = step.y.var(1, correction=0) * 11
+    torch.testing.assert_close(moments[1, :, 0], squares, rtol=1e-5, atol=1e-6)
+    blocks = torch.zeros(2, 5, 2, device=DEVICE)
+    blocks[1] = 1.0
+    assert not torch.allclose(norm_silu_linear_step(**given, **options, moments=blocks).y, y)
+    other = linear_norm_silu_gradient(
+        x.float(), **of_linear(given), statistics=statistics * 2, implementation="triton"
+    )[0]
+    known = linear_norm_silu_gradient(
+        x.float(), **of_linear(given), statistics=statistics, implementation="triton"
+    )[0]
+    assert not torch.allclose(other, known)
 
 
 # What the kernel takes off before it sums keeps large levels from cancelling.
@@ -381,9 +453,15 @@ def test_bad_types_and_results_are_named() -> None:
     with pytest.raises(TypeError, match=r"weight is torch\.float16; it must be torch\.float32"):
         norm_silu_linear(**{**given, "weight": given["weight"].half()})
     with pytest.raises(ValueError, match=r"y has shape \(2, 5\); here it must be \(2, 4\)"):
-        norm_silu_linear(**given, out=(torch.empty(2, 5), None))
+        norm_silu_linear_step(**given, into=(torch.empty(2, 5), None))
     with pytest.raises(ValueError, match=r"y has strides \(1, 2\); its last axis must"):
-        norm_silu_linear(**given, out=(torch.empty(4, 2, device=DEVICE).T, None))
+        norm_silu_linear_step(**given, into=(torch.empty(4, 2, device=DEVICE).T, None))
+    into = torch.empty(2, 4, device=DEVICE), None
+    with pytest.raises(ValueError, match=r"moments is \(2, 2, 2\), .* tells \(2, 2, 1\), torch"):
+        norm_silu_linear_step(**given, into=into, moments=torch.ones(2, 2, 2, device=DEVICE))
+    double = torch.ones(2, 2, 1, device=DEVICE, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"moments is .*torch\.float64 on"):
+        norm_silu_linear_step(**given, into=into, moments=double)
     weight, of_h = given.pop("weight"), torch.ones(2, 8)
     del given["bias"]
     with pytest.raises(ValueError, match=r"weight has shape \(4, 8\).*\(8, features\)"):
@@ -392,6 +470,9 @@ def test_bad_types_and_results_are_named() -> None:
         linear_norm_silu_gradient(of_h, weight=weight.T, **given, of_skip=of_h)
     with pytest.raises(ValueError, match=r"into has strides \(1, 2\)"):
         linear_norm_silu_gradient(of_h, weight=weight.T, **given, into=torch.empty(4, 2).T)
+    wrong = torch.ones(2, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"statistics is \(2, 4\), .* tells \(2, 2\)"):
+        linear_norm_silu_gradient(of_h, weight=weight.T, **given, statistics=wrong)
     with pytest.raises(TypeError, match="of_h must be a floating-point tensor, got NoneType"):
         linear_norm_silu_gradient(None, weight=weight.T, **given)
 
@@ -423,13 +504,15 @@ def test_explain_and_usage_report_the_choice() -> None:
     for framework, plain, fused in (("torch", "torch", "triton"), ("jax", "xla", "pallas")):
         found = [explain(name, dims, framework=framework, device=hopper) for dims in (few, many)]
         assert [choice.implementation for choice in found] == [fused, plain]
-    skips = {
-        dtype: explain(name, few, dtype=dtype, flags={"skip": True}, device=hopper)
-        for dtype in ("float32", "bfloat16")
-    }
-    assert skips["bfloat16"].implementation == "triton"
-    assert skips["float32"].implementation == "torch"
-    assert "TF32" in skips["float32"].why
+    for dtype, direction, fits in (
+        ("bfloat16", "backward", True),
+        ("float32", "forward", True),
+        ("float32", "backward", False),
+    ):
+        flags = {"skip": True}
+        found = explain(name, few, dtype=dtype, direction=direction, flags=flags, device=hopper)
+        assert found.implementation == ("triton" if fits else "torch")
+        assert fits or "TF32" in found.why
     found = explain(name, few, framework="jax", device=device.target("tpu"))
     assert found.implementation == "xla"
     with record_usage() as usage:
