@@ -22,6 +22,7 @@ from .problem import Problem
 from .registry import Op
 
 _TENSOR_CORE = re.compile(r"\b(?:[HIQD]G?MMA|UTC\w*MMA|v_mfma_\w+)\b")
+_MEMORY = re.compile(r"\b(?:ld|st|atom|red|prefetch)\.(?:\w+\.)*?global|\bcp\.async")
 _WARPS_PER_PROCESSOR = 64
 _PROGRAMS_PER_PROCESSOR = 32
 _REGISTERS_PER_PROCESSOR = 65536
@@ -127,6 +128,14 @@ def _read_amd(assembly: str) -> tuple[int, int, int]:
     return number("vgpr_count"), spilled, len(_TENSOR_CORE.findall(assembly))
 
 
+def _waits(ptx: str) -> bool:
+    """Whether a program waits for the kernel before, once and on every path, before it touches
+    memory that another one may write: before any branch and any access."""
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    begun = before[before.find(".entry") :]
+    return bool(after) and not _MEMORY.search(begun) and not re.search(r"\b(?:bra|ret)\b", begun)
+
+
 def compile_for(compilation: Compilation, device: Device) -> Resources:
     """Compile for ``device`` and read the result; a failure is a complaint, not an exception.
 
@@ -181,6 +190,8 @@ def _compile(compilation: Compilation, device: Device) -> Resources:
         complaints.append(f"needs {shared} B of shared memory, {device.shared_memory_bytes} exist")
     if compilation.uses_dot and not dots:
         complaints.append("has a dot but no tensor-core instruction")
+    if compilation.constexprs.get("EARLY") and not _waits(compiled.asm["ptx"]):
+        complaints.append("is launched early and does not begin with waiting for what is before")
     resident = occupancy(device, registers, shared, compilation.num_warps)
     return Resources(
         name, device.target, registers, spills, shared, dots, resident, tuple(complaints)

@@ -7,10 +7,13 @@ otherwise, uses no function that the interpreter lacks, and keeps relative accur
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .activations import NORMAL_TAIL, NORMAL_TAIL_SCALE, SELU_ALPHA, SELU_SCALE
+from .device import Device
 from .dropout import MULTIPLIERS, PARITY
 
 _SELU_SCALE = tl.constexpr(SELU_SCALE)
@@ -20,6 +23,26 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9 = map(tl.constexpr, NORMAL_TAIL
 _DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
 _PARITY = tl.constexpr(PARITY)
 _M0, _M1, _M2 = map(tl.constexpr, MULTIPLIERS)
+
+
+def early(device: Device) -> dict[str, Any]:
+    """Launch options of a kernel that begins with `wait`: programmatic dependent launch, where
+    the device has it. Its programs take their places while the kernel before still runs, which is
+    much of the time from one small kernel to the next in a loop. Kernels before or after that know
+    nothing of it are waited for, and wait, as ever."""
+    if device.platform != "cuda" or device.capability < (9, 0) or device.interpreted:
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """The first thing that every program of an early launched kernel does: let the next kernel be
+    launched too, and wait until all before is finished and its results can be seen. Since no
+    program reads, writes or ends before that, kernels work one after the other."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

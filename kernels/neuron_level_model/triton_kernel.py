@@ -17,7 +17,7 @@ import triton.language as tl
 from ..core.ahead_of_time import Compilation
 from ..core.device import Device
 from ..core.problem import Problem
-from ..core.triton_functions import activation
+from ..core.triton_functions import activation, early, wait
 from ..core.triton_low_rank import dot, precision
 from .spec import Config, padded
 
@@ -165,10 +165,12 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     GRADIENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The activations of one block of neurons and rows, whose strides are given as those of
     ``of_z``. ``GRADIENT``: instead, the gradients of value and gate of the last layer,
     (2, rows, neurons)."""
+    wait(EARLY)
     neuron_blocks = tl.cdiv(neurons, BLOCK_NEURONS)
     program = tl.program_id(0)
     neuron = (program % neuron_blocks).to(tl.int64) * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
@@ -223,8 +225,10 @@ def trace_gradient_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The gradient of the traces of one block of neurons and rows. ``ADD``: to what is there."""
+    wait(EARLY)
     neuron_blocks = tl.cdiv(neurons, BLOCK_NEURONS)
     program = tl.program_id(0)
     neuron = (program % neuron_blocks).to(tl.int64) * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
@@ -429,7 +433,16 @@ def forward(
     rows, neurons, _ = trace.shape
     tensors, constants = _shared(trace, weight1, bias1, weight2, bias2, config, device)
     forward_kernel[(_blocks(rows, neurons, config),)](
-        z, *tensors, z, rows, neurons, *z.stride(), *trace.stride(), **constants, GRADIENT=False
+        z,
+        *tensors,
+        z,
+        rows,
+        neurons,
+        *z.stride(),
+        *trace.stride(),
+        **constants,
+        GRADIENT=False,
+        **early(device),
     )
 
 
@@ -459,6 +472,7 @@ def trace_gradient(
         *into.stride(),
         **constants,
         ADD=add,
+        **early(device),
     )
 
 
@@ -500,6 +514,7 @@ def weight_gradient(
         *trace.stride(),
         **constants,
         GRADIENT=True,
+        **early(device),
     )
     parts, tiles, programs = _parts(rows, neurons, constants["HIDDEN"], config, device)
     given = weight1, bias1, weight2, bias2
@@ -549,6 +564,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         "UPCAST": False,
         "ADD": True,
         "GRADIENT": gradient,
+        **early(device),
         # The launcher compiles an integer 1 in, and knows a multiple of 16.
         **{key: 1 for key, value in integers.items() if value == 1 and key not in _UNSPECIALISED},
     }

@@ -34,6 +34,7 @@ import triton.language as tl
 from ..core.ahead_of_time import Compilation
 from ..core.device import Device
 from ..core.problem import Problem
+from ..core.triton_functions import early, wait
 from .spec import MOMENT_COLUMNS, SMALLEST_SIDE, Config, padded
 
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
@@ -226,10 +227,11 @@ def forward_kernel(
     BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, SHARE: tl.constexpr,
     LINES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SKIP: tl.constexpr,
     BIAS: tl.constexpr, KEEP: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``y``, its moments and, with `KEEP`, a share of the columns of ``h``; the first
     programs of the rows write the norms' statistics. `MOMENTS`: those of ``x`` are given."""
+    wait(EARLY)
     BLOCK: tl.constexpr = SLICES * DEPTH
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
@@ -331,10 +333,11 @@ def gradient_kernel(
     WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, SHARE: tl.constexpr,
     SKIP: tl.constexpr, ADD: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of the linear layer's input, written to ``into`` or added, and a
     share of the columns of the gradient of ``skip``. `STATISTICS` of the norms are given."""
+    wait(EARLY)
     BLOCK: tl.constexpr = SLICES * DEPTH
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
@@ -489,9 +492,9 @@ def _launch(
     # Where there is no such tensor any other takes its place, and is not looked at.
     given = {name: weight if value is None else value for name, value in arguments.items()}
     given |= {f"{name}_row": value.stride(0) for name, value in given.items() if name in _STRIDED}
-    given |= constants
+    given |= constants | early(device)
     kernel[_grid(rows, features, config)](
-        **{name: given[name] for name in kernel.arg_names},
+        **{name: given[name] for name in (*kernel.arg_names, "launch_pdl") if name in given},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -602,6 +605,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         **dict.fromkeys(("MOMENTS", "STATISTICS"), False),
         "PRECISION": _precision(device.platform, allow_tf32=False),
         "UPCAST": False,
+        **early(device),
         # The launcher compiles an integer 1 in, and knows a multiple of 16.
         **{key: 1 for key, value in integers.items() if value == 1},
     }

@@ -177,7 +177,8 @@ def _write(
 
         inner = weight.contiguous(), bias.contiguous()
         outer = skip_weight.contiguous(), skip_bias.contiguous()
-        triton_kernel.forward(y, x, *inner, _rows(skip), *outer, eps, decision.config)
+        device = torch_device(x.device)
+        triton_kernel.forward(y, x, *inner, _rows(skip), *outer, eps, decision.config, device)
 
 
 @torch.library.custom_op("ml_networks::norm_silu_skip_norm", mutates_args=())

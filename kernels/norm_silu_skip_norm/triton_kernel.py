@@ -16,7 +16,7 @@ import triton.language as tl
 from ..core.ahead_of_time import Compilation
 from ..core.device import Device
 from ..core.problem import Problem
-from ..core.triton_functions import activation, row_statistics, scale_and_shift
+from ..core.triton_functions import activation, early, row_statistics, scale_and_shift, wait
 from .spec import Config, padded
 
 _PROGRAMS_PER_PROCESSOR = 2
@@ -55,8 +55,10 @@ def forward_kernel(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One block of rows, read once and written once."""
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, COLUMNS)
     in_row = column < WIDTH
@@ -166,6 +168,7 @@ def forward(
     skip_bias: torch.Tensor,
     eps: float,
     config: Config,
+    device: Device,
 ) -> None:
     """Launch on ``x`` (rows, width), rows > 0, into ``y``, whose last axis has stride 1; weights
     and biases are contiguous."""
@@ -184,6 +187,7 @@ def forward(
         y.stride(0),
         eps,
         **_constants(width, config),
+        **early(device),
         num_warps=config.num_warps,
     )
 
@@ -250,6 +254,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     constants = {
         **_constants(width, config),
         "AFFINE": bool(problem.flag("affine", True)),
+        **early(device),
         # The launcher compiles an integer 1 in, and knows a multiple of 16.
         **{key: 1 for key, value in special.items() if value == 1},
     }

@@ -49,6 +49,24 @@ def test_chosen_kernels_are_clean(op: str, target: str) -> None:
     assert kernels or target != "sm_90"
 
 
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        ("ld.param.b64 %rd1, [a]; griddepcontrol.wait; ld.global.b32 %r1, [%rd1]; ret;", True),
+        ("ld.global.b32 %r1, [%rd1]; griddepcontrol.wait; ret;", False),
+        ("st.volatile.global.b32 [%rd1], %r1; griddepcontrol.wait; ret;", False),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16; griddepcontrol.wait; ret;", False),
+        ("@%p1 bra $L1; griddepcontrol.wait; ret;", False),
+        ("ld.global.b32 %r1, [%rd1]; ret;", False),
+    ],
+)
+def test_a_kernel_launched_early_waits_first(body: str, waits: bool) -> None:
+    assert (
+        ahead_of_time._waits(f".visible .entry k(.param .u64 .ptr .global a) {{ {body} }}")
+        is waits
+    )
+
+
 @compiles
 def test_a_spilling_kernel_is_seen() -> None:
     from tests.kernels.toy_op import triton_kernel
