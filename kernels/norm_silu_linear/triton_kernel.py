@@ -54,10 +54,14 @@ def _real(in_range, in_row):
 
 
 @triton.jit
+def _place(source, row, k, stride):
+    return source + (row * stride)[None, :, None] + k[:, None, :]
+
+
+@triton.jit
 def _rows(source, row, k, stride, real):
     """Columns ``k`` of some rows, in float32; 0 where they are not real."""
-    place = source + (row * stride)[None, :, None] + k[:, None, :]
-    return tl.load(place, mask=real, other=0.0).to(tl.float32)
+    return tl.load(_place(source, row, k, stride), mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -133,20 +137,27 @@ def _joined(
 
 
 @triton.jit
-def _store_moments(
-    moments, y, row, rows, in_range, FEATURES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
-    """Of a tile of y (rows, features), of each block of columns the mean and the sum of squared
-    distances from it."""
-    COUNT: tl.constexpr = y.shape[1] // BLOCK_COLUMNS
+def _store_result(
+    y, moments, total, bias, row, rows, in_range, feature, y_row, FEATURES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of y (rows, features), and of each block of its columns the mean and the sum of
+    squared distances from it."""
+    in_features = feature < FEATURES
+    if BIAS:
+        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[None, :]
+    stored = total.to(y.dtype.element_ty)
+    place = y + (row * y_row)[:, None] + feature[None, :]
+    tl.store(place, stored, mask=in_range[:, None] & in_features[None, :])
+    COUNT: tl.constexpr = total.shape[1] // BLOCK_COLUMNS
     blocks: tl.constexpr = (FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     block = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     left = FEATURES - block * BLOCK_COLUMNS
     size = tl.minimum(tl.maximum(left, 1), BLOCK_COLUMNS).to(tl.float32)[None, :]
     real = (tl.arange(0, BLOCK_COLUMNS)[None, :] < left[:, None])[None, :, :]
-    y = tl.reshape(y, [y.shape[0], COUNT, BLOCK_COLUMNS])
-    mean = tl.sum(tl.where(real, y, 0.0), 2) / size
-    away = tl.where(real, y - mean[:, :, None], 0.0)
+    values = tl.reshape(stored.to(tl.float32), [total.shape[0], COUNT, BLOCK_COLUMNS])
+    mean = tl.sum(tl.where(real, values, 0.0), 2) / size
+    away = tl.where(real, values - mean[:, :, None], 0.0)
     place = moments + (row * blocks)[:, None] + block[None, :]
     mask = in_range[:, None] & (block < blocks)[None, :]
     tl.store(place, mean, mask=mask)
@@ -219,6 +230,33 @@ def _scales(norm_weight, norm_bias, k, in_row):
 
 
 @triton.jit
+def linear_kernel(
+    x, weight, bias, y, of_y,
+    rows, x_row, y_row,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``y`` and its moments, without a norm."""
+    wait(EARLY)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    in_range, in_features = row < rows, feature < FEATURES
+    total = tl.zeros([SLICES, BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
+    for start in range(0, WIDTH, SLICES * DEPTH):
+        k = _columns(start, SLICES, DEPTH)
+        in_row = k < WIDTH
+        matrix = _matrix(weight, feature, k, in_features, in_row, WIDTH, 1)
+        value = tl.load(_place(x, row, k, x_row), mask=_real(in_range, in_row), other=0.0)
+        total = _product(matrix, value, total, PRECISION, UPCAST)
+    total = tl.trans(tl.sum(total, 0))
+    _store_result(
+        y, of_y, total, bias, row, rows, in_range, feature, y_row, FEATURES, BLOCK_COLUMNS, BIAS
+    )
+
+
+@triton.jit
 def forward_kernel(
     x, norm_weight, norm_bias, skip, skip_weight, skip_bias, weight, bias, moments,
     y, h, of_y, statistics,
@@ -277,8 +315,7 @@ def forward_kernel(
         if SKIP:
             kept += share_skip
         else:
-            place = h + (row * h_row)[None, :, None] + share[:, None, :]
-            tl.store(place, kept.to(h.dtype.element_ty), mask=real_share)
+            tl.store(_place(h, row, share, h_row), kept.to(h.dtype.element_ty), mask=real_share)
     for start in range(BLOCK if SKIP else 0, WIDTH, BLOCK):
         k = _columns(start, SLICES, DEPTH)
         in_row = k < WIDTH
@@ -306,12 +343,9 @@ def forward_kernel(
         total = (total - outer_mean[:, None] * of_scale[None, :]) * outer_inverse[:, None]
         total += of_bias[None, :]
         outer_mean += shift
-    if BIAS:
-        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[None, :]
-    stored = total.to(y.dtype.element_ty)
-    place = y + (row * y_row)[:, None] + feature[None, :]
-    tl.store(place, stored, mask=in_range[:, None] & in_features[None, :])
-    _store_moments(of_y, stored.to(tl.float32), row, rows, in_range, FEATURES, BLOCK_COLUMNS)
+    _store_result(
+        y, of_y, total, bias, row, rows, in_range, feature, y_row, FEATURES, BLOCK_COLUMNS, BIAS
+    )
     once = in_range & (tl.program_id(1) == 0)
     place = statistics + row * (4 if SKIP else 2)
     tl.store(place, mean, mask=once)
@@ -322,8 +356,7 @@ def forward_kernel(
     if KEEP and SKIP:
         kept = (kept - _each(outer_mean)) * _each(outer_inverse)
         kept = kept * share_skip_scale + share_skip_bias
-        place = h + (row * h_row)[None, :, None] + share[:, None, :]
-        tl.store(place, kept.to(h.dtype.element_ty), mask=real_share)
+        tl.store(_place(h, row, share, h_row), kept.to(h.dtype.element_ty), mask=real_share)
 
 
 @triton.jit
@@ -441,8 +474,11 @@ def gradient_kernel(
         share_g = _rows(of_h, row, share, of_h_row, real_share)
         share_g *= _line(skip_weight, share, in_share)
         share_g = (share_g - _each(base) - kept * _each(rise)) * _each(outer_inverse)
-        place = of_skip + (row * of_skip_row)[None, :, None] + share[:, None, :]
-        tl.store(place, share_g.to(of_skip.dtype.element_ty), mask=real_share)
+        tl.store(
+            _place(of_skip, row, share, of_skip_row),
+            share_g.to(of_skip.dtype.element_ty),
+            mask=real_share,
+        )
 
 
 def _precision(platform: str, allow_tf32: bool) -> str:
@@ -550,6 +586,22 @@ def forward(
     _launch(forward_kernel, arguments, flags, (*x.shape, len(weight)), config, device)
 
 
+def linear(
+    y: torch.Tensor,
+    of_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: Config,
+    device: Device,
+) -> None:
+    """Launch on ``x`` (rows, width), rows > 0, into ``y`` (rows, features) and the moments
+    ``of_y``. Strides as in `forward`."""
+    arguments = {"x": x, "weight": weight, "bias": bias, "y": y, "of_y": of_y, "rows": len(x)}
+    flags = {"BIAS": bias is not None}
+    _launch(linear_kernel, arguments, flags, (*x.shape, len(weight)), config, device)
+
+
 def gradient(
     into: torch.Tensor,
     add: bool,
@@ -587,10 +639,10 @@ def gradient(
 
 
 def compilations(problem: Problem, config: Config, device: Device) -> list[Compilation]:
-    """The specialisation that ``problem`` launches, for contiguous tensors."""
+    """The specialisation that ``problem`` launches, for contiguous tensors; without a skip
+    connection also that of `linear` of the same sizes."""
     rows, width, features = (size for _, size in problem.dims)
-    backward = problem.direction == "backward"
-    kernel = gradient_kernel if backward else forward_kernel
+    skip = bool(problem.flag("skip", False))
     element = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[problem.dtype]
     exact = ("moments", "of_y", "statistics")
     integers = {
@@ -600,7 +652,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     }
     constants = {
         **_constants(rows, width, features, config, device),
-        "SKIP": bool(problem.flag("skip", False)),
+        "SKIP": skip,
         **dict.fromkeys(("BIAS", "KEEP", "ADD"), True),
         **dict.fromkeys(("MOMENTS", "STATISTICS"), False),
         "PRECISION": _precision(device.platform, allow_tf32=False),
@@ -609,33 +661,31 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         # The launcher compiles an integer 1 in, and knows a multiple of 16.
         **{key: 1 for key, value in integers.items() if value == 1},
     }
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else "fp32"
-        if argument == "eps"
-        else "i32"
-        if argument in integers
-        else "*fp32"
-        if argument in exact
-        else element
-        for argument in kernel.arg_names
-    }
-    divisible = tuple(
-        argument
-        for argument, kind in signature.items()
-        if kind.startswith("*") or (kind == "i32" and integers[argument] % 16 == 0)
-    )
+    aligned = {name for name, value in integers.items() if value % 16 == 0}
     programs = _grid(rows, features, config)
-    return [
-        Compilation(
+
+    def made(kernel: Any) -> Compilation:
+        own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        types = dict.fromkeys(own, "constexpr") | {"eps": "fp32"} | dict.fromkeys(exact, "*fp32")
+        signature = {
+            name: types.get(name, "i32" if name in integers else element)
+            for name in kernel.arg_names
+        }
+        return Compilation(
             kernel,
             signature,
-            {name: value for name, value in constants.items() if name in kernel.arg_names},
-            divisible,
+            own,
+            tuple(
+                name
+                for name, kind in signature.items()
+                if kind.startswith("*") or (kind == "i32" and name in aligned)
+            ),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             programs=programs[0] * programs[1],
             uses_dot=problem.dtype != "float32" or device.platform != "hip",
         )
-    ]
+
+    if problem.direction == "backward":
+        return [made(gradient_kernel)]
+    return [made(forward_kernel), *([] if skip else [made(linear_kernel)])]
