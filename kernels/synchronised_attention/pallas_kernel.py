@@ -122,7 +122,7 @@ def attend(
     batch, heads, queries, key_width = query.shape
     positions, value_width = values.shape[2:]
     planes, block = batch * heads, config.block_positions
-    splits, each = split_positions(planes, positions, block, device.processors)
+    splits, each = split_positions(planes, positions, config, device.processors)
     plan = _Plan(queries, positions, key_width, value_width, shared, block, each)
     whole = splits * each
     rows, key_side, value_side = queries, key_width, value_width

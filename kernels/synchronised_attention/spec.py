@@ -9,6 +9,7 @@ each other in memory. Directions: ``backward`` is what one tick passes to the on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,13 +81,18 @@ POSITIONS_PER_SPLIT = 256
 """A program with fewer positions than this is not worth another kernel."""
 
 
-def split_positions(sets: int, positions: int, block: int, processors: int) -> tuple[int, int]:
+WARPS_PER_PROCESSOR = 8
+"""As many warps keep a processor busy while others wait for memory."""
+
+
+def split_positions(sets: int, positions: int, config: Config, processors: int) -> tuple[int, int]:
     """How many programs share the positions of a set of keys, and the positions of each: enough to
-    fill the device twice, since a walk mostly waits for memory."""
-    wanted = min(2 * processors // max(sets, 1), positions // POSITIONS_PER_SPLIT, 64)
-    blocks = -(-positions // block)
+    give every processor its warps."""
+    programs = processors * max(1, WARPS_PER_PROCESSOR // config.num_warps)
+    wanted = min(programs // max(sets, 1), positions // POSITIONS_PER_SPLIT, 64)
+    blocks = -(-positions // config.block_positions)
     each = -(-blocks // max(1, wanted))
-    return -(-blocks // each), each * block
+    return -(-blocks // each), each * config.block_positions
 
 
 def bucket(problem: Problem) -> Problem:
@@ -161,9 +167,8 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
         return Choice(plain or implementations[0], None, "no fused kernel can run here")
     if device.platform == "tpu" and plain is not None:
         return Choice(plain, None, "XLA fuses what is around the products on a TPU")
-    return Choice(
-        fused, _config(problem, device), "scores never leave the chip, and few kernels start"
-    )
+    config = _walk(problem, device) if fused == "triton" else _config(problem, device)
+    return Choice(fused, config, "scores never leave the chip, and few kernels start")
 
 
 def _config(problem: Problem, device: Device) -> Config:
@@ -175,6 +180,28 @@ def _config(problem: Problem, device: Device) -> Config:
     if whole and device.platform == "cuda" and device.capability[0] != 9:
         return Config(32, 16, 4, 1, apart=True)
     return Config(64, 16, 4, 1 if whole else 2)
+
+
+def _walk(problem: Problem, device: Device) -> Config:
+    """In Triton each warp walks over positions of its own: as many as its registers hold, in as
+    many warps as the sets leave to each and shared memory holds."""
+    if problem.direction == "key_gradient":
+        return _config(problem, device)
+    whole = problem.dtype == "float32"
+    widths = [split_width(problem["key_width"])[0]]
+    if not problem.flag("shared"):
+        widths.append(split_width(problem["value_width"])[0])
+    each = 16 if whole or max(widths) * padded(problem["queries"], 8) > 512 else 32
+    stages = 2 if whole or device.platform == "hip" else 3
+    sets, warps = problem["batch"] * problem["heads"], WARPS_PER_PROCESSOR
+    buffer = each * sum(widths) * problem.itemsize * stages
+    while warps > 1 and (
+        warps * buffer > (device.shared_memory_bytes or math.inf)
+        or (warps // 2) * each >= problem["positions"]
+        or (warps // 2) * sets >= device.processors * WARPS_PER_PROCESSOR // 2
+    ):
+        warps //= 2
+    return Config(warps * each, 16, warps, stages)
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:

@@ -33,11 +33,12 @@ from ..core.triton_low_rank import compilation, dot, precision
 from .layout import is_channels_first, is_shared
 from .spec import Config, padded, split_positions, split_width
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_ROWS, _WARPS = 16, 4
-_QUERY_COLUMNS, _QUERY_DEPTH = 32, 32
-_SUM_COLUMNS, _SUM_DEPTH = 16, 64
+_LOG2_E, _LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_FOLD = tl.constexpr(8)
+"""Positions that threads of a warp share in the result of a product."""
+_QUERY_COLUMNS, _SUM_COLUMNS, _SLICES = 32, 16, 8
 """Tiles of the two products with the map to the queries."""
+_WARPS = 4
 _COLLECT_ROWS, _COLLECT_NEURONS, _COLLECT_ENTRIES = 2, 64, 4
 
 
@@ -52,6 +53,12 @@ _GENERAL += [
 ]
 
 
+@triton.jit
+def _places(SLICES: tl.constexpr, EACH: tl.constexpr):
+    """Where in a block the part of each warp is."""
+    return tl.arange(0, SLICES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+
+
 @triton.jit(do_not_specialize=_GENERAL)
 def query_kernel(
     z, left, right, r, scale, in_weight, in_bias, before, sums, query,
@@ -59,43 +66,48 @@ def query_kernel(
     z_row, z_column, before_row, before_column, sums_row, sums_column, query_row, query_column,
     weight_row, weight_column,
     BEFORE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SLICES: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the queries; those of the first columns store the sums too."""
+    """A tile of the queries, of which each warp takes ``EACH`` pairs at a time; those of the first
+    columns store the sums too."""
     tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tile.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    in_rows = (row < rows)[:, None]
+    in_rows = (row < rows)[None, :, None]
     in_columns = column < columns
-    z_rows = z + (row * z_row)[:, None]
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in range(0, pairs, BLOCK_DEPTH):
-        pair = start + tl.arange(0, BLOCK_DEPTH)
+    z_rows = z + (row * z_row)[None, :, None]
+    total = tl.zeros([SLICES, BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
+    for start in range(0, pairs, SLICES * EACH):
+        pair = start + _places(SLICES, EACH)
         in_pairs = pair < pairs
-        mask = in_rows & in_pairs[None, :]
-        i = tl.load(left + pair, mask=in_pairs, other=0)[None, :]
-        j = tl.load(right + pair, mask=in_pairs, other=0)[None, :]
+        mask = in_rows & in_pairs[:, None, :]
+        i = tl.load(left + pair, mask=in_pairs, other=0)[:, None, :]
+        j = tl.load(right + pair, mask=in_pairs, other=0)[:, None, :]
+        kept = tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[:, None, :]
+        scaled = tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[:, None, :]
         weight = tl.load(
-            in_weight + (column * weight_row)[None, :]
-            + (pair.to(tl.int64) * weight_column)[:, None],
-            mask=in_pairs[:, None] & in_columns[None, :], other=0.0,
+            in_weight + (column * weight_row)[None, :, None]
+            + (pair.to(tl.int64) * weight_column)[:, None, :],
+            mask=in_pairs[:, None, :] & in_columns[None, :, None], other=0.0,
         )  # fmt: skip
         one = tl.load(z_rows + i * z_column, mask=mask, other=0.0).to(tl.float32)
         other = tl.load(z_rows + j * z_column, mask=mask, other=0.0).to(tl.float32)
         found = one * other
         if BEFORE:
-            place = before + (row * before_row)[:, None] + (pair * before_column)[None, :]
-            kept = tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+            place = before + (row * before_row)[None, :, None]
+            place += (pair * before_column)[:, None, :]
             found += kept * tl.load(place, mask=mask, other=0.0).to(tl.float32)
         if tile == 0:
-            place = sums + (row * sums_row)[:, None] + (pair * sums_column)[None, :]
+            place = sums + (row * sums_row)[None, :, None] + (pair * sums_column)[:, None, :]
             tl.store(place, found.to(sums.dtype.element_ty), mask=mask)
-        found *= tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
-        total = dot(found.to(weight.dtype), weight, total, PRECISION, UPCAST)
-    total += tl.load(in_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    place = query + (row * query_row)[:, None] + (column * query_column)[None, :]
-    tl.store(place, total.to(query.dtype.element_ty), mask=in_rows & in_columns[None, :])
+        found = tl.trans(found * scaled, (0, 2, 1))
+        total = dot(weight, found.to(weight.dtype), total, PRECISION, UPCAST)
+    bias = tl.load(in_bias + column, mask=in_columns, other=0.0).to(tl.float32)
+    found = tl.sum(total, 0) + bias[:, None]
+    place = query + (row * query_row)[None, :] + (column * query_column)[:, None]
+    mask = (row < rows)[None, :] & in_columns[:, None]
+    tl.store(place, found.to(query.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -111,6 +123,23 @@ def _load_rows(
     if LAST:
         last = tl.load(base + offset + MAIN * feature_stride, mask=real, other=0.0)
     return main, last
+
+
+@triton.jit
+def _load_columns(
+    base, offset, real, feature_stride, WIDTH: tl.constexpr, MAIN: tl.constexpr,
+    LAST: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """What `_load_rows` loads, features by rows, once for each warp, and the last one in
+    float32."""
+    feature = tl.arange(0, MAIN)[None, :, None]
+    place = base + offset[None, None, :] + feature * feature_stride
+    place += tl.zeros([SLICES, 1, 1], tl.int64)
+    main = tl.load(place, mask=real[None, None, :] & (feature < WIDTH), other=0.0)
+    last = tl.zeros(offset.shape, tl.float32)
+    if LAST:
+        last = tl.load(base + offset + MAIN * feature_stride, mask=real, other=0.0)
+    return main, last.to(tl.float32)
 
 
 @triton.jit
@@ -182,6 +211,66 @@ def _times(
     return dot(tile, tl.trans(rows), total, PRECISION, UPCAST)
 
 
+@triton.jit
+def _load_slices(
+    base, start, positions, position_stride, feature_stride, WIDTH: tl.constexpr,
+    MAIN: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr,
+    EACH: tl.constexpr,
+):  # fmt: skip
+    """``EACH`` positions for each warp by ``MAIN`` features, from ``start`` on. ``FIRST``:
+    positions are next to each other in memory."""
+    feature = tl.arange(0, MAIN)
+    position = start + _places(SLICES, EACH)
+    real = position < positions
+    if FIRST:
+        feature_stride *= UNIT
+        # So ordered, a thread loads several features of the same positions.
+        along = base + tl.trans(position).to(tl.int64) * position_stride
+        across = feature.to(tl.int64) * feature_stride
+        mask = tl.trans(real)[None, :, :]
+        if MAIN > WIDTH:
+            mask = mask & (feature < WIDTH)[:, None, None]
+        tile = tl.load(along[None, :, :] + across[:, None, None], mask=mask, other=0.0)
+        tile = tl.trans(tile, (2, 1, 0))
+    else:
+        position_stride *= UNIT
+        along = base + position.to(tl.int64) * position_stride
+        across = feature.to(tl.int64) * feature_stride
+        mask = real[:, :, None]
+        if MAIN > WIDTH:
+            mask = mask & (feature < WIDTH)[None, None, :]
+        tile = tl.load(along[:, :, None] + across[None, None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_last(
+    base, start, positions, position_stride, feature_stride, MAIN: tl.constexpr,
+    LAST: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr,
+    EACH: tl.constexpr,
+):  # fmt: skip
+    """The last feature of what `_load_slices` loads."""
+    last = tl.zeros([SLICES, EACH], base.dtype.element_ty)
+    if LAST:
+        if FIRST:
+            feature_stride *= UNIT
+        else:
+            position_stride *= UNIT
+        position = start + _places(SLICES, EACH)
+        distance = tl.full([], MAIN, tl.int64) * feature_stride
+        place = base + distance + position.to(tl.int64) * position_stride
+        last = tl.load(place, mask=position < positions, other=0.0)
+    return last
+
+
+@triton.jit
+def _folded(tile):
+    """The sum over positions as far as a thread holds it."""
+    SLICES: tl.constexpr = tile.shape[0]
+    FOLDS: tl.constexpr = tile.shape[1] // _FOLD
+    return tl.sum(tl.reshape(tile, [SLICES, FOLDS, _FOLD, tile.shape[2]]), 1)
+
+
 @triton.jit(do_not_specialize=_GENERAL)
 def attention_kernel(
     query, keys, values, read, log_sum_exp,
@@ -191,68 +280,131 @@ def attention_kernel(
     heads, positions, split_positions,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
-    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """What the queries to one set of keys read, and their log-sum-exp, from all positions or, with
-    ``SPLIT``, some."""
-    plane = tl.program_id(0)
+    """What ``ROWS`` queries to one set of keys read, and their log-sum-exp, from all positions or,
+    with ``SPLIT``, some. Every warp has a slice of each block, a maximum and sums of its own."""
+    EACH: tl.constexpr = BLOCK // SLICES
+    BLOCKS: tl.constexpr = (QUERIES + ROWS - 1) // ROWS
+    plane = tl.program_id(0) // BLOCKS
     batch = (plane // heads).to(tl.int64)
     head = (plane % heads).to(tl.int64)
     if KEYS_FIRST | VALUES_FIRST:
         positions *= UNIT
     keys += (batch * keys_batch + head * keys_head) * UNIT
     values += (batch * values_batch + head * values_head) * UNIT
-    row = tl.arange(0, ROWS)
-    real = row < QUERIES
-    line = head * QUERIES + row
-    offset = batch * query_row + line * (KEY_WIDTH * query_column)
-    q, q_last = _load_rows(query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST)
     first = 0
     last = positions
     if SPLIT:
         first = tl.program_id(1) * split_positions
         last = tl.minimum(positions, first + split_positions)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    main = tl.zeros([VALUE_MAIN, ROWS], tl.float32)
-    extra = tl.zeros([ROWS], tl.float32)
+    k_last = _load_last(
+        keys, first, positions, keys_position, keys_feature, KEY_MAIN, KEY_LAST, KEYS_FIRST, UNIT,
+        SLICES, EACH,
+    )  # fmt: skip
+    v_last = k_last
+    if not SHARED:
+        v_last = _load_last(
+            values, first, positions, values_position, values_feature, VALUE_MAIN, VALUE_LAST,
+            VALUES_FIRST, UNIT, SLICES, EACH,
+        )  # fmt: skip
+    row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
+    real = row < QUERIES
+    line = head * QUERIES + row
+    offset = batch * query_row + line * (KEY_WIDTH * query_column)
+    q, q_last = _load_columns(
+        query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST, SLICES
+    )
+    # Of the scores times log2(e), as all that goes through exp2.
+    largest = tl.full([SLICES, ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([SLICES, _FOLD, ROWS], tl.float32)
+    extra = tl.zeros([SLICES, _FOLD, ROWS], tl.float32)
+    main = tl.zeros([SLICES, VALUE_MAIN, ROWS], tl.float32)
     for start in range(first, last, BLOCK):
-        position = start + tl.arange(0, BLOCK)
-        k, k_last = _load_tile(
-            keys, position, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEY_LAST,
-            KEYS_FIRST, UNIT,
+        k = _load_slices(
+            keys, start, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEYS_FIRST,
+            UNIT, SLICES, EACH,
         )  # fmt: skip
         v = k
+        if not SHARED:
+            v = _load_slices(
+                values, start, positions, values_position, values_feature, VALUE_WIDTH, VALUE_MAIN,
+                VALUES_FIRST, UNIT, SLICES, EACH,
+            )  # fmt: skip
+        k_now = k_last.to(tl.float32)[:, :, None]
+        v_now = v_last.to(tl.float32)[:, :, None]
+        # For the next block: these loads are too small for the pipeline.
+        k_last = _load_last(
+            keys, start + BLOCK, positions, keys_position, keys_feature, KEY_MAIN, KEY_LAST,
+            KEYS_FIRST, UNIT, SLICES, EACH,
+        )  # fmt: skip
         v_last = k_last
         if not SHARED:
-            v, v_last = _load_tile(
-                values, position, positions, values_position, values_feature, VALUE_WIDTH,
-                VALUE_MAIN, VALUE_LAST, VALUES_FIRST, UNIT,
+            v_last = _load_last(
+                values, start + BLOCK, positions, values_position, values_feature, VALUE_MAIN,
+                VALUE_LAST, VALUES_FIRST, UNIT, SLICES, EACH,
             )  # fmt: skip
-        scores = _times(k, k_last, q, q_last, KEY_LAST, PRECISION, UPCAST)
-        scores = tl.where((position < positions)[:, None], scores, float("-inf"))
-        highest = tl.maximum(largest, tl.max(scores, 0))
+        scores = _scores(
+            k, k_now, q, q_last, start, positions, KEY_LAST, SLICES, EACH, PRECISION, UPCAST
+        )
+        highest = tl.maximum(largest, tl.max(scores, 1) * _LOG2_E)
         # A row that has seen nothing finite: -inf - -inf would be NaN for ever.
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2((scores - base[None, :]) * _LOG2_E)
-        decay = tl.exp2((largest - base) * _LOG2_E)
-        total = total * decay + tl.sum(weights, 0)
+        weights = tl.exp2(scores * _LOG2_E - base[:, None, :])
+        decay = tl.exp2(largest - base)[:, None, :]
         largest = highest
+        total = total * decay + _folded(weights)
         if VALUE_LAST:
-            extra = extra * decay + tl.sum(weights * v_last.to(tl.float32)[:, None], 0)
-        main = dot(tl.trans(v), weights.to(v.dtype), main * decay[None, :], PRECISION, UPCAST)
+            extra = extra * decay + _folded(weights * v_now)
+        main = dot(tl.trans(v, (0, 2, 1)), weights.to(v.dtype), main * decay, PRECISION, UPCAST)
 
-    logarithm = largest + tl.log(total)
+    total = tl.sum(total, 1)
+    extra_row = tl.sum(extra, 1)
     if SPLIT:
-        # Scratch of (splits, batch, heads * queries * V), and of the log-sum-exp.
-        batch += tl.program_id(1) * (tl.num_programs(0) // heads)
-    tl.store(log_sum_exp + batch * log_row + line * log_column, logarithm, mask=real)
-    offset = batch * read_row + line * (VALUE_WIDTH * read_column)
-    main /= total[None, :]
-    extra /= total
-    _store_rows(read, offset, real, read_column, main, extra, VALUE_WIDTH, VALUE_LAST)
+        # Each warp's own: scratch of (splits * slices, batch, heads * queries * V), and of the
+        # log-sum-exp.
+        part = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
+        part = part * (tl.num_programs(0) // (heads * BLOCKS)) + batch
+        mask = real[None, :]
+        offset = part[:, None] * log_row + (line * log_column)[None, :]
+        tl.store(log_sum_exp + offset, largest * _LN_2 + tl.log(total), mask=mask)
+        offset = part[:, None] * read_row + (line * (VALUE_WIDTH * read_column))[None, :]
+        feature = tl.arange(0, VALUE_MAIN)
+        place = read + offset[:, None, :] + (feature * read_column)[None, :, None]
+        mask = mask[:, None, :] & (feature < VALUE_WIDTH)[None, :, None]
+        inverse = 1 / total
+        tl.store(place, main * inverse[:, None, :], mask=mask)
+        if VALUE_LAST:
+            tl.store(
+                read + offset + VALUE_MAIN * read_column, extra_row * inverse, mask=real[None, :]
+            )
+    else:
+        highest = tl.max(largest, 0)
+        share = tl.exp2(largest - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
+        whole = tl.sum(total * share, 0)
+        logarithm = highest * _LN_2 + tl.log(whole)
+        tl.store(log_sum_exp + batch * log_row + line * log_column, logarithm, mask=real)
+        offset = batch * read_row + line * (VALUE_WIDTH * read_column)
+        share /= whole[None, :]
+        main = tl.sum(main * share[:, None, :], 0)
+        extra_row = tl.sum(extra_row * share, 0)
+        _store_rows(read, offset, real, read_column, main, extra_row, VALUE_WIDTH, VALUE_LAST)
+
+
+@triton.jit
+def _scores(
+    tile, tile_last, rows, rows_last, start, positions, LAST: tl.constexpr, SLICES: tl.constexpr,
+    EACH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The product over the features of each warp's positions; -inf where there are none."""
+    there = start + _places(SLICES, EACH) < positions
+    total = tl.where(there, 0.0, float("-inf"))[:, :, None]
+    if LAST:
+        total += tile_last * rows_last[None, None, :]
+    total = tl.broadcast_to(total, [SLICES, EACH, rows.shape[2]])
+    return dot(tile, rows, total, PRECISION, UPCAST)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -262,26 +414,28 @@ def join_kernel(
     batches, splits, rows,
     WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """What one query reads, from what each split of the positions gives for it."""
+    """Some features of what one query reads, from what each split of the positions gives for
+    it."""
     batch = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     split = tl.arange(0, SPLITS)
-    feature = tl.arange(0, FEATURES)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     line = (split * batches + batch) * rows + row
     logarithm = tl.load(logarithms + line, mask=split < splits, other=float("-inf"))
+    real = feature < WIDTH
+    place = parts + (line * WIDTH)[:, None] + feature[None, :]
+    part = tl.load(place, mask=(split < splits)[:, None] & real[None, :], other=0.0)
     largest = tl.max(logarithm, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     shares = tl.exp(logarithm - base)
     total = tl.sum(shares, 0)
-    real = feature < WIDTH
-    place = parts + (line * WIDTH)[:, None] + feature[None, :]
-    part = tl.load(place, mask=(split < splits)[:, None] & real[None, :], other=0.0)
     # A split with no finite score has a share of 0 and says NaN.
     part = tl.where((shares == 0.0)[:, None], 0.0, part)
     value = tl.sum(part * shares[:, None], 0) / total
     target = read + batch * read_row + (row * WIDTH + feature) * read_column
     tl.store(target, value.to(read.dtype.element_ty), mask=real)
-    tl.store(log_sum_exp + batch * log_row + row * log_column, base + tl.log(total))
+    if tl.program_id(1) == 0:
+        tl.store(log_sum_exp + batch * log_row + row * log_column, base + tl.log(total))
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -294,63 +448,98 @@ def query_gradient_kernel(
     heads, positions, split_positions,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
-    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr,
+    VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The share of some positions in the gradient of the queries to one set of keys, for ``parts``
-    (splits, batch, heads * queries * K)."""
-    plane = tl.program_id(0)
+    """The share of some positions in the gradient of ``ROWS`` queries to one set of keys, for
+    ``parts`` (splits, batch, heads * queries * K)."""
+    EACH: tl.constexpr = BLOCK // SLICES
+    BLOCKS: tl.constexpr = (QUERIES + ROWS - 1) // ROWS
+    plane = tl.program_id(0) // BLOCKS
     batch = (plane // heads).to(tl.int64)
     head = (plane % heads).to(tl.int64)
     if KEYS_FIRST | VALUES_FIRST:
         positions *= UNIT
     keys += (batch * keys_batch + head * keys_head) * UNIT
     values += (batch * values_batch + head * values_head) * UNIT
-    row = tl.arange(0, ROWS)
+    first = tl.program_id(1) * split_positions
+    last = tl.minimum(positions, first + split_positions)
+    k_last = _load_last(
+        keys, first, positions, keys_position, keys_feature, KEY_MAIN, KEY_LAST, KEYS_FIRST, UNIT,
+        SLICES, EACH,
+    )  # fmt: skip
+    v_last = k_last
+    if not SHARED:
+        v_last = _load_last(
+            values, first, positions, values_position, values_feature, VALUE_MAIN, VALUE_LAST,
+            VALUES_FIRST, UNIT, SLICES, EACH,
+        )  # fmt: skip
+    row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
     real = row < QUERIES
     line = head * QUERIES + row
     offset = batch * query_row + line * (KEY_WIDTH * query_column)
-    q, q_last = _load_rows(query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST)
-    offset = batch * read_row + line * (VALUE_WIDTH * read_column)
-    o, o_last = _load_rows(read, offset, real, read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST)
+    q, q_last = _load_columns(
+        query, offset, real, query_column, KEY_WIDTH, KEY_MAIN, KEY_LAST, SLICES
+    )
     offset = batch * of_read_row + line * (VALUE_WIDTH * of_read_column)
-    g, g_last = _load_rows(
+    g, g_last = _load_columns(
+        of_read, offset, real, of_read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST, SLICES
+    )
+    g = g.to(q.dtype)
+    # Once more, as rows, for sums that stay within a warp.
+    left, left_last = _load_rows(
         of_read, offset, real, of_read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST
     )
-    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    delta += g_last.to(tl.float32) * o_last.to(tl.float32)
-    g = g.to(q.dtype)
+    offset = batch * read_row + line * (VALUE_WIDTH * read_column)
+    right, right_last = _load_rows(
+        read, offset, real, read_column, VALUE_WIDTH, VALUE_MAIN, VALUE_LAST
+    )
     logs = log_sum_exp + batch * log_row + line * log_column
-    logarithm = tl.load(logs, mask=real, other=float("inf"))
-    main = tl.zeros([KEY_MAIN, ROWS], tl.float32)
-    extra = tl.zeros([ROWS], tl.float32)
-    first = tl.program_id(1) * split_positions
-    last = tl.minimum(positions, first + split_positions)
+    logarithm = tl.load(logs, mask=real, other=float("inf")) * _LOG2_E
+    delta = tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
+    delta += left_last.to(tl.float32) * right_last.to(tl.float32)
+    main = tl.zeros([SLICES, KEY_MAIN, ROWS], tl.float32)
+    extra = tl.zeros([SLICES, _FOLD, ROWS], tl.float32)
     for start in range(first, last, BLOCK):
-        position = start + tl.arange(0, BLOCK)
-        k, k_last = _load_tile(
-            keys, position, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEY_LAST,
-            KEYS_FIRST, UNIT,
+        k = _load_slices(
+            keys, start, positions, keys_position, keys_feature, KEY_WIDTH, KEY_MAIN, KEYS_FIRST,
+            UNIT, SLICES, EACH,
         )  # fmt: skip
         v = k
+        if not SHARED:
+            v = _load_slices(
+                values, start, positions, values_position, values_feature, VALUE_WIDTH, VALUE_MAIN,
+                VALUES_FIRST, UNIT, SLICES, EACH,
+            )  # fmt: skip
+        k_now = k_last.to(tl.float32)[:, :, None]
+        v_now = v_last.to(tl.float32)[:, :, None]
+        k_last = _load_last(
+            keys, start + BLOCK, positions, keys_position, keys_feature, KEY_MAIN, KEY_LAST,
+            KEYS_FIRST, UNIT, SLICES, EACH,
+        )  # fmt: skip
         v_last = k_last
         if not SHARED:
-            v, v_last = _load_tile(
-                values, position, positions, values_position, values_feature, VALUE_WIDTH,
-                VALUE_MAIN, VALUE_LAST, VALUES_FIRST, UNIT,
+            v_last = _load_last(
+                values, start + BLOCK, positions, values_position, values_feature, VALUE_MAIN,
+                VALUE_LAST, VALUES_FIRST, UNIT, SLICES, EACH,
             )  # fmt: skip
-        scores = _times(k, k_last, q, q_last, KEY_LAST, PRECISION, UPCAST)
-        scores = tl.where((position < positions)[:, None], scores, float("-inf"))
-        weights = tl.exp2((scores - logarithm[None, :]) * _LOG2_E)
-        of_weights = _times(v, v_last, g, g_last, VALUE_LAST, PRECISION, UPCAST)
-        of_scores = weights * (of_weights - delta[None, :])
+        scores = _scores(
+            k, k_now, q, q_last, start, positions, KEY_LAST, SLICES, EACH, PRECISION, UPCAST
+        )
+        weights = tl.exp2(scores * _LOG2_E - logarithm[None, None, :])
+        of_weights = tl.broadcast_to(-delta[None, None, :], [SLICES, EACH, ROWS])
+        if VALUE_LAST:
+            of_weights += v_now * g_last[None, None, :]
+        of_scores = weights * dot(v, g, of_weights, PRECISION, UPCAST)
         if KEY_LAST:
-            extra += tl.sum(of_scores * k_last.to(tl.float32)[:, None], 0)
-        main = dot(tl.trans(k), of_scores.to(k.dtype), main, PRECISION, UPCAST)
-    part = tl.program_id(1) * (tl.num_programs(0) // heads) + batch
+            extra += _folded(of_scores * k_now)
+        main = dot(tl.trans(k, (0, 2, 1)), of_scores.to(k.dtype), main, PRECISION, UPCAST)
+    part = tl.program_id(1) * (tl.num_programs(0) // (heads * BLOCKS)) + batch
     offset = (part * (heads * QUERIES) + line) * KEY_WIDTH
-    _store_rows(parts, offset, real, 1, main, extra, KEY_WIDTH, KEY_LAST)
+    main = tl.sum(main, 0)
+    extra_row = tl.sum(tl.sum(extra, 1), 0)
+    _store_rows(parts, offset, real, 1, main, extra_row, KEY_WIDTH, KEY_LAST)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -360,48 +549,55 @@ def sum_gradient_kernel(
     weight_row, weight_column, of_next_row, of_next_column, of_query_row, of_query_column,
     of_synchronisation_row, of_synchronisation_column, of_sums_row, of_sums_column,
     NEXT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SLICES: tl.constexpr, EACH: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradients of synchronisation and sums; those of the first columns store the
-    gradient of the queries, the sum of its parts, too. ``NEXT``: "decayed" adds r times the
-    gradient of the next sums, "given" the gradient itself."""
+    """A tile of the gradients of synchronisation and sums, of which each warp takes ``EACH``
+    columns of the queries at a time, loading ``TOGETHER`` parts of their gradient together; those
+    of the first columns store that gradient too. ``NEXT``: "decayed" adds r times the gradient of
+    the next sums, "given" the gradient itself."""
     tiles = tl.cdiv(pairs, BLOCK_COLUMNS)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     pair = tile.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    in_rows = (row < rows)[:, None]
     in_pairs = pair < pairs
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in range(0, depth, BLOCK_DEPTH):
-        k = start + tl.arange(0, BLOCK_DEPTH)
-        mask = in_rows & (k < depth)[None, :]
-        weight = tl.load(
-            in_weight + (k.to(tl.int64) * weight_row)[:, None] + (pair * weight_column)[None, :],
-            mask=(k < depth)[:, None] & in_pairs[None, :],
-            other=0.0,
-        )
-        gradient = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
-        for split in range(splits):
-            line = (split * rows + row) * depth
-            gradient += tl.load(parts + line[:, None] + k[None, :], mask=mask, other=0.0)
-        gradient = gradient.to(of_query.dtype.element_ty)
-        if tile == 0:
-            place = of_query + (row * of_query_row)[:, None] + (k * of_query_column)[None, :]
-            tl.store(place, gradient, mask=mask)
-        total = dot(gradient.to(weight.dtype), weight, total, PRECISION, UPCAST)
-    mask = in_rows & in_pairs[None, :]
-    place = of_synchronisation + (row * of_synchronisation_row)[:, None]
-    place += (pair * of_synchronisation_column)[None, :]
-    tl.store(place, total.to(of_synchronisation.dtype.element_ty), mask=mask)
-    total *= tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+    mask = (row < rows)[None, :] & in_pairs[:, None]
+    later = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
     if NEXT != "none":
-        place = of_next + (row * of_next_row)[:, None] + (pair * of_next_column)[None, :]
+        place = of_next + (row * of_next_row)[None, :] + (pair * of_next_column)[:, None]
         later = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         if NEXT == "decayed":
-            later *= tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
-        total += later
-    place = of_sums + (row * of_sums_row)[:, None] + (pair * of_sums_column)[None, :]
-    tl.store(place, total.to(of_sums.dtype.element_ty), mask=mask)
+            later *= tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[:, None]
+    scaled = tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[:, None]
+    total = tl.zeros([SLICES, BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
+    for start in range(0, depth, SLICES * EACH):
+        k = start + _places(SLICES, EACH)
+        in_depth = (k < depth)[:, None, :] & (row < rows)[None, :, None]
+        weight = tl.load(
+            in_weight + (k.to(tl.int64) * weight_row)[:, :, None]
+            + (pair * weight_column)[None, None, :],
+            mask=(k < depth)[:, :, None] & in_pairs[None, None, :], other=0.0,
+        )  # fmt: skip
+        gradient = tl.zeros([SLICES, BLOCK_ROWS, EACH], tl.float32)
+        for split in range(0, splits, TOGETHER):
+            for ahead in tl.static_range(TOGETHER):
+                line = ((split + ahead) * rows + row) * depth
+                part = parts + line[None, :, None] + k[:, None, :]
+                there = in_depth & (split + ahead < splits)
+                gradient += tl.load(part, mask=there, other=0.0)
+        gradient = gradient.to(of_query.dtype.element_ty)
+        if tile == 0:
+            target = of_query + (row * of_query_row)[None, :, None]
+            tl.store(target + (k * of_query_column)[:, None, :], gradient, mask=in_depth)
+        gradient = tl.trans(gradient.to(weight.dtype), (0, 2, 1))
+        total = dot(tl.trans(weight, (0, 2, 1)), gradient, total, PRECISION, UPCAST)
+    found = tl.sum(total, 0)
+    place = of_synchronisation + (row * of_synchronisation_row)[None, :]
+    place += (pair * of_synchronisation_column)[:, None]
+    tl.store(place, found.to(of_synchronisation.dtype.element_ty), mask=mask)
+    found = found * scaled + later
+    place = of_sums + (row * of_sums_row)[None, :] + (pair * of_sums_column)[:, None]
+    tl.store(place, found.to(of_sums.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -559,6 +755,18 @@ def _layout(
     return integers, known
 
 
+def _least(device: Device) -> int:
+    """Columns of a product, of which tensor cores of NVIDIA take 8."""
+    return 16 if device.platform == "hip" else 8
+
+
+def _rows(queries: int, key_width: int, value_width: int, device: Device) -> int:
+    """Queries of a program: as many as the registers of each warp hold sums of."""
+    width = max(split_width(key_width)[0], split_width(value_width)[0])
+    least = _least(device)
+    return min(padded(queries, least), max(least, 1024 // width))
+
+
 def _constants(
     queries: int,
     key_width: int,
@@ -580,21 +788,28 @@ def _constants(
         "VALUE_MAIN": value_main,
         "VALUE_LAST": value_last,
         "BLOCK": config.block_positions,
+        "SLICES": min(config.num_warps, config.block_positions // 16),
         "SHARED": shared,
         "PRECISION": precision(device),
     }
 
 
-def _tiles(columns: int, depth: int, device: Device) -> dict[str, Any]:
-    """Constants of the two products with the map to the queries."""
+def _tiles(columns: int, depth: int, itemsize: int, device: Device) -> dict[str, Any]:
+    """Constants of the two products with the map to the queries: the whole depth at once, if it
+    is not too much, since each step waits for memory."""
     return {
-        "BLOCK_ROWS": _ROWS,
+        "BLOCK_ROWS": _least(device),
         "BLOCK_COLUMNS": columns,
-        "BLOCK_DEPTH": depth,
+        "SLICES": _SLICES,
+        "EACH": min(128 // itemsize, padded(-(-depth // _SLICES))),
         "PRECISION": precision(device),
-        "num_warps": _WARPS,
-        "num_stages": 2,
+        "num_warps": _SLICES,
+        "num_stages": 1,
     }
+
+
+def _together(splits: int) -> int:
+    return min(4, padded(splits, 1))
 
 
 def _launch(
@@ -682,20 +897,21 @@ def forward(
         "columns": columns,
         **_strides(z=z, before=last, sums=sums, query=query, weight=in_weight),
     }
-    constants = _tiles(_QUERY_COLUMNS, _QUERY_DEPTH, device)
+    constants = _tiles(_QUERY_COLUMNS, pairs, in_weight.element_size(), device)
     constants |= {"BEFORE": before is not None, "UPCAST": _upcast(z, device)}
-    grid = (triton.cdiv(batch, _ROWS) * triton.cdiv(columns, _QUERY_COLUMNS),)
+    row_tiles = triton.cdiv(batch, constants["BLOCK_ROWS"])
+    grid = (row_tiles * triton.cdiv(columns, _QUERY_COLUMNS),)
     _launch(query_kernel, grid, arguments, constants)
 
     queries = columns // (heads * width)
-    arguments, constants = _walk(keys, values, queries, padded(queries), config, device)
-    splits, each = split_positions(
-        batch * heads, positions, config.block_positions, device.processors
-    )
-    parts, logarithms = read, log_sum_exp
+    rows = _rows(queries, width, values.shape[3], device)
+    programs = batch * heads * triton.cdiv(queries, rows)
+    arguments, constants = _walk(keys, values, queries, rows, config, device)
+    splits, each = split_positions(programs, positions, config, device.processors)
+    parts, logarithms, pieces = read, log_sum_exp, splits * constants["SLICES"]
     if splits > 1:
-        parts = torch.empty((splits * batch, read.shape[1]), dtype=torch.float32, device=z.device)
-        logarithms = log_sum_exp.new_empty((splits * batch, heads * queries))
+        parts = torch.empty((pieces * batch, read.shape[1]), dtype=torch.float32, device=z.device)
+        logarithms = log_sum_exp.new_empty((pieces * batch, heads * queries))
     arguments |= {
         "query": query,
         "read": parts,
@@ -703,9 +919,7 @@ def forward(
         "split_positions": each,
         **_strides(query=query, read=parts, log=logarithms),
     }
-    _launch(
-        attention_kernel, (batch * heads, splits), arguments, constants | {"SPLIT": splits > 1}
-    )
+    _launch(attention_kernel, (programs, splits), arguments, constants | {"SPLIT": splits > 1})
     if splits == 1:
         return
     arguments = {
@@ -714,19 +928,23 @@ def forward(
         "read": read,
         "log_sum_exp": log_sum_exp,
         "batches": batch,
-        "splits": splits,
+        "splits": pieces,
         "rows": heads * queries,
         **_strides(read=read, log=log_sum_exp),
     }
-    _launch(join_kernel, (batch * heads * queries,), arguments, _join(values.shape[3], splits))
+    constants = _join(values.shape[3], pieces)
+    blocks = triton.cdiv(values.shape[3], constants["FEATURES"])
+    _launch(join_kernel, (batch * heads * queries, blocks), arguments, constants)
 
 
 def _join(width: int, splits: int) -> dict[str, int]:
+    """Constants of the kernel that joins what each warp of each split found."""
+    splits = padded(splits, 1)
     return {
         "WIDTH": width,
-        "FEATURES": padded(width),
-        "SPLITS": padded(splits, 1),
-        "num_warps": 1,
+        "FEATURES": 32,
+        "SPLITS": splits,
+        "num_warps": max(1, min(8, splits // 16)),
         "num_stages": 1,
     }
 
@@ -756,10 +974,10 @@ def gradient(
     (batch, pairs), (depth, _) = of_sums.shape, in_weight.shape
     heads, positions, width = keys.shape[1:]
     queries = depth // (heads * width)
-    arguments, constants = _walk(keys, values, queries, padded(queries), config, device)
-    splits, each = split_positions(
-        batch * heads, positions, config.block_positions, device.processors
-    )
+    rows = _rows(queries, width, values.shape[3], device)
+    programs = batch * heads * triton.cdiv(queries, rows)
+    arguments, constants = _walk(keys, values, queries, rows, config, device)
+    splits, each = split_positions(programs, positions, config, device.processors)
     parts = torch.empty((splits, batch, depth), dtype=torch.float32, device=z.device)
     arguments |= {
         "query": query,
@@ -770,7 +988,7 @@ def gradient(
         "split_positions": each,
         **_strides(query=query, read=read, of_read=of_read, log=log_sum_exp),
     }
-    _launch(query_gradient_kernel, (batch * heads, splits), arguments, constants)
+    _launch(query_gradient_kernel, (programs, splits), arguments, constants)
 
     later = of_sums if of_next is None else of_next
     arguments = {
@@ -795,9 +1013,11 @@ def gradient(
         ),
     }
     following = "none" if of_next is None else "given" if r is None else "decayed"
-    constants = _tiles(_SUM_COLUMNS, _SUM_DEPTH, device)
-    constants |= {"NEXT": following, "UPCAST": _upcast(in_weight, device)}
-    grid = (triton.cdiv(batch, _ROWS) * triton.cdiv(pairs, _SUM_COLUMNS),)
+    constants = _tiles(_SUM_COLUMNS, depth, in_weight.element_size(), device)
+    constants |= {"TOGETHER": _together(splits), "NEXT": following}
+    constants |= {"UPCAST": _upcast(in_weight, device)}
+    row_tiles = triton.cdiv(batch, constants["BLOCK_ROWS"])
+    grid = (row_tiles * triton.cdiv(pairs, _SUM_COLUMNS),)
     _launch(sum_gradient_kernel, grid, arguments, constants)
 
     starts, pair_of, other_of = table
@@ -896,9 +1116,9 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     }  # fmt: skip
     tensors = {name: (given, given[2] == 1) for name, given in strides.items()}
     layout, known = _layout((batch, heads, positions, key_width), tensors, problem.itemsize)
-    splits, each = split_positions(
-        batch * heads, positions, config.block_positions, device.processors
-    )
+    rows = _rows(queries, key_width, value_width, device)
+    programs = batch * heads * triton.cdiv(queries, rows)
+    splits, each = split_positions(programs, positions, config, device.processors)
     lines = {
         **dict.fromkeys(("query", "of_query"), columns),
         **dict.fromkeys(("read", "of_read"), widths),
@@ -947,10 +1167,10 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         return replace(found, signature=signature, divisible=(*found.divisible, *pointers))
 
     common = {"UPCAST": False, "num_warps": config.num_warps, "num_stages": config.num_stages}
-    rows = config.block_queries if problem.direction == "key_gradient" else padded(queries)
+    rows = config.block_queries if problem.direction == "key_gradient" else rows
     walk = common | known
     walk |= _constants(queries, key_width, value_width, shared, rows, config, device)
-    row_tiles = triton.cdiv(batch, _ROWS)
+    row_tiles = triton.cdiv(batch, _least(device))
     if problem.direction == "key_gradient":
         blocks = triton.cdiv(positions, config.block_positions)
         return [
@@ -959,24 +1179,29 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         ]
     if problem.direction == "backward":
         collect = triton.cdiv(batch, _COLLECT_ROWS) * triton.cdiv(neurons, _COLLECT_NEURONS)
-        tiles = common | _tiles(_SUM_COLUMNS, _SUM_DEPTH, device) | {"NEXT": "decayed"}
+        tiles = common | _tiles(_SUM_COLUMNS, columns, problem.itemsize, device)
+        tiles |= {"NEXT": "decayed", "TOGETHER": _together(splits)}
         return [
-            made(query_gradient_kernel, walk, batch * heads * splits),
+            made(query_gradient_kernel, walk, programs * splits),
             made(sum_gradient_kernel, tiles, row_tiles * triton.cdiv(pairs, _SUM_COLUMNS)),
             made(collect_kernel, _COLLECT, collect, uses_dot=False),
         ]
-    tiles = common | _tiles(_QUERY_COLUMNS, _QUERY_DEPTH, device) | {"BEFORE": True}
+    tiles = common | _tiles(_QUERY_COLUMNS, pairs, problem.itemsize, device) | {"BEFORE": True}
     parts = ("read",) if splits > 1 else ()
     found = [
         made(query_kernel, tiles, row_tiles * triton.cdiv(columns, _QUERY_COLUMNS)),
         made(
             attention_kernel,
             walk | {"SPLIT": splits > 1},
-            batch * heads * splits,
+            programs * splits,
             exact=(*_FLOAT32, *parts),
         ),
     ]
     if splits > 1:
-        join, sizes = _join(value_width, splits), integers | {"rows": heads * queries}
-        found.append(made(join_kernel, join, batch * heads * queries, sizes=sizes, uses_dot=False))
+        join, sizes = (
+            _join(value_width, splits * walk["SLICES"]),
+            integers | {"rows": heads * queries},
+        )
+        joins = batch * heads * queries * triton.cdiv(value_width, join["FEATURES"])
+        found.append(made(join_kernel, join, joins, sizes=sizes, uses_dot=False))
     return found

@@ -153,6 +153,7 @@ def test_no_samples_and_no_pairs(implementation: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @each
 def test_nan_and_infinity_stay_in_their_sample(implementation: str) -> None:
     tensors = tensors_of(inputs_of())
@@ -422,8 +423,8 @@ def test_split_positions_are_joined_in_order(
     inputs = inputs_of((3, 11, 7, 2, 2, 70, 17, 17), shared)
     exact, tensors = exact_of(inputs), tensors_of(inputs)
     many = replace(dispatch.current_device("torch"), processors=64)
-    config = spec.Config(block_positions=16)
-    assert spec.split_positions(6, 70, 16, 64) == (3, 32)
+    config = spec.Config(block_positions=32, num_warps=2)
+    assert spec.split_positions(6, 70, config, 64) == (3, 32)
     given = torch_op.Inputs(**tensors)
     into = torch_op._empty(given)
     triton_kernel.forward(*given, *into, config, many)
@@ -442,6 +443,15 @@ def test_split_positions_are_joined_in_order(
     )
     np.testing.assert_allclose(of_z.cpu(), exact["z"], rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(found.query.sum(0).cpu(), exact["in_bias"], rtol=1e-4, atol=2e-5)
+
+
+@needs_kernels
+@both_kinds
+def test_many_wide_queries_are_shared_among_programs(shared: bool) -> None:
+    inputs = inputs_of((2, 11, 7, 2, 20, 40, 65, 65), shared)
+    exact = exact_of(inputs)
+    for name, value in run("triton", inputs).items():
+        np.testing.assert_allclose(value, exact[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @needs_kernels
