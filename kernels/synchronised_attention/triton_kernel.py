@@ -77,34 +77,39 @@ def query_kernel(
     in_rows = (row < rows)[None, :, None]
     in_columns = column < columns
     z_rows = z + (row * z_row)[None, :, None]
+    bias = tl.load(in_bias + column, mask=in_columns, other=0.0)
     total = tl.zeros([SLICES, BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
     for start in range(0, pairs, SLICES * EACH):
         pair = start + _places(SLICES, EACH)
         in_pairs = pair < pairs
         mask = in_rows & in_pairs[:, None, :]
-        i = tl.load(left + pair, mask=in_pairs, other=0)[:, None, :]
-        j = tl.load(right + pair, mask=in_pairs, other=0)[:, None, :]
-        kept = tl.load(r + pair, mask=in_pairs, other=0.0).to(tl.float32)[:, None, :]
-        scaled = tl.load(scale + pair, mask=in_pairs, other=0.0).to(tl.float32)[:, None, :]
+        # All that waits for nothing first.
+        i = tl.load(left + pair, mask=in_pairs, other=0)
+        j = tl.load(right + pair, mask=in_pairs, other=0)
         weight = tl.load(
-            in_weight + (column * weight_row)[None, :, None]
+            in_weight
+            + (column * weight_row)[None, :, None]
             + (pair.to(tl.int64) * weight_column)[:, None, :],
-            mask=in_pairs[:, None, :] & in_columns[None, :, None], other=0.0,
-        )  # fmt: skip
-        one = tl.load(z_rows + i * z_column, mask=mask, other=0.0).to(tl.float32)
-        other = tl.load(z_rows + j * z_column, mask=mask, other=0.0).to(tl.float32)
-        found = one * other
+            mask=in_pairs[:, None, :] & in_columns[None, :, None],
+            other=0.0,
+        )
+        along = pair[:, None, :] + tl.zeros([1, BLOCK_ROWS, 1], tl.int32)
+        scaled = tl.load(scale + along, mask=mask, other=0.0)
         if BEFORE:
-            place = before + (row * before_row)[None, :, None]
-            place += (pair * before_column)[:, None, :]
-            found += kept * tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            kept = tl.load(r + along, mask=mask, other=0.0)
+            lines = before + (row * before_row)[None, :, None]
+            last = tl.load(lines + (pair * before_column)[:, None, :], mask=mask, other=0.0)
+        one = tl.load(z_rows + i[:, None, :] * z_column, mask=mask, other=0.0)
+        other = tl.load(z_rows + j[:, None, :] * z_column, mask=mask, other=0.0)
+        found = one.to(tl.float32) * other.to(tl.float32)
+        if BEFORE:
+            found += kept.to(tl.float32) * last.to(tl.float32)
         if tile == 0:
             place = sums + (row * sums_row)[None, :, None] + (pair * sums_column)[:, None, :]
             tl.store(place, found.to(sums.dtype.element_ty), mask=mask)
-        found = tl.trans(found * scaled, (0, 2, 1))
+        found = tl.trans(found * scaled.to(tl.float32), (0, 2, 1))
         total = dot(weight, found.to(weight.dtype), total, PRECISION, UPCAST)
-    bias = tl.load(in_bias + column, mask=in_columns, other=0.0).to(tl.float32)
-    found = tl.sum(total, 0) + bias[:, None]
+    found = tl.sum(total, 0) + bias.to(tl.float32)[:, None]
     place = query + (row * query_row)[None, :] + (column * query_column)[:, None]
     mask = (row < rows)[None, :] & in_columns[:, None]
     tl.store(place, found.to(query.dtype.element_ty), mask=mask)
@@ -363,23 +368,22 @@ def attention_kernel(
     total = tl.sum(total, 1)
     extra_row = tl.sum(extra, 1)
     if SPLIT:
-        # Each warp's own: scratch of (splits * slices, batch, heads * queries * V), and of the
-        # log-sum-exp.
+        # Each warp's own: scratch of (splits * slices, batch, heads * queries, V), and of the
+        # log-sum-exp. Positions are split where there are few sets: it is small.
         part = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
-        part = part * (tl.num_programs(0) // (heads * BLOCKS)) + batch
-        mask = real[None, :]
-        offset = part[:, None] * log_row + (line * log_column)[None, :]
-        tl.store(log_sum_exp + offset, largest * _LN_2 + tl.log(total), mask=mask)
-        offset = part[:, None] * read_row + (line * (VALUE_WIDTH * read_column))[None, :]
-        feature = tl.arange(0, VALUE_MAIN)
-        place = read + offset[:, None, :] + (feature * read_column)[None, :, None]
-        mask = mask[:, None, :] & (feature < VALUE_WIDTH)[None, :, None]
+        part = part * (tl.num_programs(0) // (heads * BLOCKS)) + plane // heads
+        place = (part * (heads * QUERIES))[:, None] + (plane % heads * QUERIES + row)[None, :]
+        # A warp that has seen nothing finite read nothing, and says so by a sum of -inf.
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(log_sum_exp + place, largest * _LN_2 + tl.log(total), mask=real[None, :])
         inverse = 1 / total
-        tl.store(place, main * inverse[:, None, :], mask=mask)
+        place *= VALUE_WIDTH
+        feature = tl.arange(0, VALUE_MAIN)
+        mask = real[None, None, :] & (feature < VALUE_WIDTH)[None, :, None]
+        target = read + (place[:, None, :] + feature[None, :, None])
+        tl.store(target, main * inverse[:, None, :], mask=mask)
         if VALUE_LAST:
-            tl.store(
-                read + offset + VALUE_MAIN * read_column, extra_row * inverse, mask=real[None, :]
-            )
+            tl.store(read + (place + VALUE_MAIN), extra_row * inverse, mask=real[None, :])
     else:
         highest = tl.max(largest, 0)
         share = tl.exp2(largest - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
@@ -420,7 +424,8 @@ def join_kernel(
     row = tl.program_id(0) % rows
     split = tl.arange(0, SPLITS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    line = (split * batches + batch) * rows + row
+    # Positions are split where there are few sets: there are few parts.
+    line = split * (batches * rows) + tl.program_id(0)
     logarithm = tl.load(logarithms + line, mask=split < splits, other=float("-inf"))
     real = feature < WIDTH
     place = parts + (line * WIDTH)[:, None] + feature[None, :]
@@ -429,8 +434,6 @@ def join_kernel(
     base = tl.where(largest == float("-inf"), 0.0, largest)
     shares = tl.exp(logarithm - base)
     total = tl.sum(shares, 0)
-    # A split with no finite score has a share of 0 and says NaN.
-    part = tl.where((shares == 0.0)[:, None], 0.0, part)
     value = tl.sum(part * shares[:, None], 0) / total
     target = read + batch * read_row + (row * WIDTH + feature) * read_column
     tl.store(target, value.to(read.dtype.element_ty), mask=real)
@@ -542,6 +545,14 @@ def query_gradient_kernel(
     _store_rows(parts, offset, real, 1, main, extra_row, KEY_WIDTH, KEY_LAST)
 
 
+@triton.jit
+def _load_part(parts, split, splits, rows, row, depth, k):
+    """What one split of the positions gives for some columns of the queries' gradient, by rows."""
+    real = (k < depth)[:, None, :] & (row < rows)[None, :, None] & (split < splits)
+    line = (split * rows + row) * depth
+    return tl.load(parts + line[None, :, None] + k[:, None, :], mask=real, other=0.0)
+
+
 @triton.jit(do_not_specialize=_GENERAL)
 def sum_gradient_kernel(
     parts, in_weight, r, scale, of_next, of_query, of_synchronisation, of_sums,
@@ -572,23 +583,24 @@ def sum_gradient_kernel(
     total = tl.zeros([SLICES, BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
     for start in range(0, depth, SLICES * EACH):
         k = start + _places(SLICES, EACH)
-        in_depth = (k < depth)[:, None, :] & (row < rows)[None, :, None]
-        weight = tl.load(
-            in_weight + (k.to(tl.int64) * weight_row)[:, :, None]
-            + (pair * weight_column)[None, None, :],
-            mask=(k < depth)[:, :, None] & in_pairs[None, None, :], other=0.0,
-        )  # fmt: skip
         gradient = tl.zeros([SLICES, BLOCK_ROWS, EACH], tl.float32)
-        for split in range(0, splits, TOGETHER):
-            for ahead in tl.static_range(TOGETHER):
-                line = ((split + ahead) * rows + row) * depth
-                part = parts + line[None, :, None] + k[:, None, :]
-                there = in_depth & (split + ahead < splits)
-                gradient += tl.load(part, mask=there, other=0.0)
+        for split in tl.static_range(TOGETHER):
+            gradient += _load_part(parts, split, splits, rows, row, depth, k)
+        weight = tl.load(
+            in_weight
+            + (k.to(tl.int64) * weight_row)[:, :, None]
+            + (pair * weight_column)[None, None, :],
+            mask=(k < depth)[:, :, None] & in_pairs[None, None, :],
+            other=0.0,
+        )
+        for first in range(TOGETHER, splits, TOGETHER):
+            for split in tl.static_range(TOGETHER):
+                gradient += _load_part(parts, first + split, splits, rows, row, depth, k)
         gradient = gradient.to(of_query.dtype.element_ty)
         if tile == 0:
             target = of_query + (row * of_query_row)[None, :, None]
-            tl.store(target + (k * of_query_column)[:, None, :], gradient, mask=in_depth)
+            real = (k < depth)[:, None, :] & (row < rows)[None, :, None]
+            tl.store(target + (k * of_query_column)[:, None, :], gradient, mask=real)
         gradient = tl.trans(gradient.to(weight.dtype), (0, 2, 1))
         total = dot(tl.trans(weight, (0, 2, 1)), gradient, total, PRECISION, UPCAST)
     found = tl.sum(total, 0)
