@@ -199,9 +199,16 @@ def _walk(problem: Problem, device: Device) -> Config:
         warps * buffer > (device.shared_memory_bytes or math.inf)
         or (warps // 2) * each >= problem["positions"]
         or (warps // 2) * sets >= device.processors * WARPS_PER_PROCESSOR // 2
+        or (warps > 4 and _busy(sets, warps // 2, device) > _busy(sets, warps, device))
     ):
         warps //= 2
     return Config(warps * each, 16, warps, stages)
+
+
+def _busy(sets: int, warps: int, device: Device) -> int:
+    """Warps at work where programs of so many share sets."""
+    programs = device.processors * WARPS_PER_PROCESSOR // warps
+    return sets * (programs // sets) * warps
 
 
 def search_space(problem: Problem, device: Device, implementation: str) -> list[Config]:

@@ -39,7 +39,7 @@ _FOLD = tl.constexpr(8)
 _QUERY_COLUMNS, _SUM_COLUMNS, _SLICES = 32, 16, 8
 """Tiles of the two products with the map to the queries."""
 _WARPS = 4
-_COLLECT_ROWS, _COLLECT_NEURONS, _COLLECT_ENTRIES = 2, 64, 4
+_COLLECT_ROWS, _COLLECT_NEURONS = 2, 64
 
 
 # Whether these are 1 or multiples of 16 would make more code and no faster one.
@@ -1046,16 +1046,19 @@ def gradient(
         **_strides(z=z, of_sums=of_sums, of_z=of_z),
     }
     blocks = triton.cdiv(batch, _COLLECT_ROWS), triton.cdiv(neurons, _COLLECT_NEURONS)
-    _launch(collect_kernel, blocks, arguments, _COLLECT)
+    _launch(collect_kernel, blocks, arguments, _collect(pairs, neurons))
 
 
-_COLLECT = {
-    "ROWS": _COLLECT_ROWS,
-    "NEURONS": _COLLECT_NEURONS,
-    "ENTRIES": _COLLECT_ENTRIES,
-    "num_warps": _WARPS,
-    "num_stages": 1,
-}
+def _collect(pairs: int, neurons: int) -> dict[str, int]:
+    """Constants of `collect_kernel`: more pairs than neurons are all pairs of some of them, which
+    have as many entries as these are."""
+    return {
+        "ROWS": _COLLECT_ROWS,
+        "NEURONS": _COLLECT_NEURONS,
+        "ENTRIES": 16 if pairs > neurons else 4,
+        "num_warps": _WARPS,
+        "num_stages": 1,
+    }
 
 
 def _parts(config: Config) -> tuple[str, ...]:
@@ -1196,7 +1199,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         return [
             made(query_gradient_kernel, walk, programs * splits),
             made(sum_gradient_kernel, tiles, row_tiles * triton.cdiv(pairs, _SUM_COLUMNS)),
-            made(collect_kernel, _COLLECT, collect, uses_dot=False),
+            made(collect_kernel, _collect(pairs, neurons), collect, uses_dot=False),
         ]
     tiles = common | _tiles(_QUERY_COLUMNS, pairs, problem.itemsize, device) | {"BEFORE": True}
     parts = ("read",) if splits > 1 else ()
