@@ -1,10 +1,11 @@
 """Triton kernels of synchronised attention, and their launches.
 
-Forward, one kernel makes sums and queries, a product whose left side is gathered from pairs of
-neurons; in the next a program keeps all queries to a set of keys and walks over the positions with
-an online softmax, reading keys that are values too once. Where there are few sets the positions
-are split among programs, whose results a third kernel joins. Scores are positions by queries: a
-few queries would keep one warp busy, a block of positions keeps them all.
+Forward, one kernel makes sums and queries, a product whose right side is gathered from pairs of
+neurons; in the next a program keeps some queries to a set of keys and walks over the positions
+with an online softmax, reading keys that are values too once. Every warp has positions of its
+own, and a maximum and sums of its own. Where there are few sets the positions are split among
+programs too; a third kernel joins what their warps found. Scores are positions by queries: a
+product has 16 rows and 8 columns, and queries are few.
 
 Backward, the same walk gives the gradient of the queries, the product the other way round that of
 the sums, and every neuron collects from its pairs in a fixed order: no atomics, the same bits in

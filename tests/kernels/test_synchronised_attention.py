@@ -412,19 +412,20 @@ def test_a_loop_in_half_precision_with_sums_in_float32(implementation: str) -> N
 
 
 @needs_kernels
+@pytest.mark.parametrize(("warps", "processors", "splits"), [(1, 64, 5), (2, 64, 3), (4, 1, 1)])
 @both_kinds
-def test_split_positions_are_joined_in_order(
-    shared: bool, monkeypatch: pytest.MonkeyPatch
+def test_positions_of_warps_and_programs_are_joined(
+    shared: bool, warps: int, processors: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device with many processors, where programs share the positions of a set of keys."""
+    """On a device with many processors programs share the positions of a set of keys."""
     from ml_networks.kernels.synchronised_attention import triton_kernel
 
-    monkeypatch.setattr(spec, "POSITIONS_PER_SPLIT", 16)
+    monkeypatch.setattr(spec, "POSITIONS_PER_SPLIT", 8)
     inputs = inputs_of((3, 11, 7, 2, 2, 70, 17, 17), shared)
     exact, tensors = exact_of(inputs), tensors_of(inputs)
-    many = replace(dispatch.current_device("torch"), processors=64)
-    config = spec.Config(block_positions=32, num_warps=2)
-    assert spec.split_positions(6, 70, config, 64) == (3, 32)
+    many = replace(dispatch.current_device("torch"), processors=processors)
+    config = spec.Config(block_positions=16 * warps, num_warps=warps)
+    assert spec.split_positions(6, 70, config, processors)[0] == splits
     given = torch_op.Inputs(**tensors)
     into = torch_op._empty(given)
     triton_kernel.forward(*given, *into, config, many)
