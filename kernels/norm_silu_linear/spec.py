@@ -118,14 +118,15 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
 
 
 def _config(problem: Problem, device: Device) -> Config:
-    """Few rows and features, so that there are programs for all processors: each normalises its
-    rows anew, and how often that happens is the same for 16 rows of 32 features and 8 of 64.
-    Fewer rows leave registers for the eight sums over a row of the gradient with a skip
-    connection; AMD's matrix instructions have at least 16. As many columns at a time as fit."""
-    backward, skip = problem.direction == "backward", bool(problem.flag("skip", False))
-    if backward and skip and device.platform != "hip":
-        return Config(8, 32 if problem.dtype == "float32" else 64, 128)
-    return Config(16, 32, 128 if backward or problem.dtype == "float32" else 256)
+    """Small programs of few warps: what a program does besides its product takes as long for few
+    rows and features as for many, and two on a processor do it side by side. With a skip
+    connection the gradient has eight sums over a row, which want registers. AMD's matrix
+    instructions have at least 16 rows, and its warps 64 lanes."""
+    if device.platform == "hip":
+        return Config(16, 32, 128, 8)
+    if problem.direction == "forward":
+        return Config(8, 32, 128, 4)
+    return Config(8, 32, 64, 4) if problem.flag("skip", False) else Config(8, 64, 128, 4)
 
 
 def _pallas_config(problem: Problem, device: Device) -> Config:

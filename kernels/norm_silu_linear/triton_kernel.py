@@ -83,7 +83,7 @@ def _each(value):
 
 @triton.jit
 def _inverse_deviation(variance, eps):
-    return 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
+    return tl.rsqrt(tl.maximum(variance, 0.0) + eps)
 
 
 @triton.jit
@@ -141,27 +141,27 @@ def _store_result(
     y, moments, total, bias, row, rows, in_range, feature, y_row, FEATURES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of y (rows, features), and of each block of its columns the mean and the sum of
-    squared distances from it."""
+    """Store a tile of y, given (features, rows), and of each block of its columns the mean and the
+    sum of squared distances from it."""
     in_features = feature < FEATURES
     if BIAS:
-        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[:, None]
     stored = total.to(y.dtype.element_ty)
-    place = y + (row * y_row)[:, None] + feature[None, :]
-    tl.store(place, stored, mask=in_range[:, None] & in_features[None, :])
-    COUNT: tl.constexpr = total.shape[1] // BLOCK_COLUMNS
+    place = y + (row * y_row)[None, :] + feature[:, None]
+    tl.store(place, stored, mask=in_features[:, None] & in_range[None, :])
+    COUNT: tl.constexpr = total.shape[0] // BLOCK_COLUMNS
     blocks: tl.constexpr = (FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     block = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     left = FEATURES - block * BLOCK_COLUMNS
-    size = tl.minimum(tl.maximum(left, 1), BLOCK_COLUMNS).to(tl.float32)[None, :]
-    real = (tl.arange(0, BLOCK_COLUMNS)[None, :] < left[:, None])[None, :, :]
-    values = tl.reshape(stored.to(tl.float32), [total.shape[0], COUNT, BLOCK_COLUMNS])
-    mean = tl.sum(tl.where(real, values, 0.0), 2) / size
-    away = tl.where(real, values - mean[:, :, None], 0.0)
-    place = moments + (row * blocks)[:, None] + block[None, :]
-    mask = in_range[:, None] & (block < blocks)[None, :]
+    size = tl.minimum(tl.maximum(left, 1), BLOCK_COLUMNS).to(tl.float32)[:, None]
+    values = tl.reshape(stored.to(tl.float32), [COUNT, BLOCK_COLUMNS, total.shape[1]])
+    real = (tl.arange(0, BLOCK_COLUMNS)[None, :] < left[:, None])[:, :, None]
+    mean = tl.sum(tl.where(real, values, 0.0), 1) / size
+    away = tl.where(real, values - mean[:, None, :], 0.0)
+    place = moments + (row * blocks)[None, :] + block[:, None]
+    mask = (block < blocks)[:, None] & in_range[None, :]
     tl.store(place, mean, mask=mask)
-    tl.store(place + rows.to(tl.int64) * blocks, tl.sum(away * away, 2), mask=mask)
+    tl.store(place + rows.to(tl.int64) * blocks, tl.sum(away * away, 1), mask=mask)
 
 
 @triton.jit
@@ -250,7 +250,7 @@ def linear_kernel(
         matrix = _matrix(weight, feature, k, in_features, in_row, WIDTH, 1)
         value = tl.load(_place(x, row, k, x_row), mask=_real(in_range, in_row), other=0.0)
         total = _product(matrix, value, total, PRECISION, UPCAST)
-    total = tl.trans(tl.sum(total, 0))
+    total = tl.sum(total, 0)
     _store_result(
         y, of_y, total, bias, row, rows, in_range, feature, y_row, FEATURES, BLOCK_COLUMNS, BIAS
     )
@@ -333,26 +333,27 @@ def forward_kernel(
             lines = tl.where(number == 0, scale, tl.where(number == 1, offset, 0.0))
             of_lines = _product(matrix, lines, of_lines, PRECISION, UPCAST)
         total = _product(matrix, value, total, PRECISION, UPCAST)
-    total = tl.trans(tl.sum(total, 0))
+    total = tl.sum(total, 0)
     if SKIP:
         outer_mean, outer_inverse = _spread(sums, squares, eps, WIDTH)
         of_lines = tl.sum(of_lines, 0)
         number = tl.arange(0, LINES)[None, :]
         of_scale = tl.sum(tl.where(number == 0, of_lines, 0.0), 1)
         of_bias = tl.sum(tl.where(number == 1, of_lines, 0.0), 1)
-        total = (total - outer_mean[:, None] * of_scale[None, :]) * outer_inverse[:, None]
-        total += of_bias[None, :]
+        total = (total - of_scale[:, None] * outer_mean[None, :]) * outer_inverse[None, :]
+        total += of_bias[:, None]
         outer_mean += shift
     _store_result(
         y, of_y, total, bias, row, rows, in_range, feature, y_row, FEATURES, BLOCK_COLUMNS, BIAS
     )
-    once = in_range & (tl.program_id(1) == 0)
-    place = statistics + row * (4 if SKIP else 2)
-    tl.store(place, mean, mask=once)
-    tl.store(place + 1, inverse, mask=once)
+    COUNT: tl.constexpr = 4 if SKIP else 2
+    number = tl.arange(0, COUNT)[None, :]
+    known = tl.where(number == 0, mean[:, None], inverse[:, None])
     if SKIP:
-        tl.store(place + 2, outer_mean, mask=once)
-        tl.store(place + 3, outer_inverse, mask=once)
+        known = tl.where(number == 2, outer_mean[:, None], known)
+        known = tl.where(number == 3, outer_inverse[:, None], known)
+    place = statistics + (row * COUNT)[:, None] + number
+    tl.store(place, known, mask=(in_range & (tl.program_id(1) == 0))[:, None])
     if KEEP and SKIP:
         kept = (kept - _each(outer_mean)) * _each(outer_inverse)
         kept = kept * share_skip_scale + share_skip_bias
