@@ -19,7 +19,6 @@ from .norm_activation.torch_op import norm_activation
 from .norm_activation_shuffle.torch_op import norm_activation_shuffle
 from .norm_silu_linear.torch_op import (
     linear_norm_silu_gradient,
-    linear_step,
     norm_silu_linear,
     norm_silu_linear_step,
 )
@@ -46,7 +45,6 @@ __all__ = [
     "hyper_lora_linear",
     "linear_norm_activation",
     "linear_norm_silu_gradient",
-    "linear_step",
     "lora_linear",
     "neuron_level_model",
     "neuron_level_model_trace_gradient",

@@ -197,58 +197,6 @@ def norm_silu_linear_step(
         return _write(into, x, weight, bias, norms, moments, implementation)
 
 
-def linear_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    into: Tensor,
-    implementation: str | None = None,
-) -> NormSiluLinearStep:
-    r"""A linear layer of few rows, :math:`y = x W^\top + b`, the step before the first
-    :func:`norm_silu_linear_step`.
-
-    Parameters
-    ----------
-    x, weight, bias, implementation
-        As in :func:`norm_silu_linear`.
-    into
-        y is written to this tensor. Any dtype, rows of any stride, columns of stride 1.
-
-    Returns
-    -------
-    NormSiluLinearStep
-        Without h and statistics.
-
-    Raises
-    ------
-    TypeError, ValueError, UnsupportedImplementationError
-        As in :func:`norm_silu_linear`.
-
-    Notes
-    -----
-    Not differentiable. Repeated calls give the same bits.
-    """
-    _check_floating(x=x, weight=weight, bias=bias)
-    x, weight, bias = _cast(x, weight, bias)
-    shapes = {"y": tuple(into.shape), "bias": None if bias is None else tuple(bias.shape)}
-    spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape))
-    arguments.check_result("y", into)
-    decision = _decide(x, len(weight), "forward", False, implementation)
-    with torch.no_grad(), usage.timed(decision):
-        if decision.implementation == "torch" or not x.numel():
-            _linear_into(into, _as_rows(x), weight, bias)
-            return NormSiluLinearStep(into, None, None, None)
-        from . import triton_kernel
-
-        y = _viewed(into)
-        moments = x.new_empty(spec.moments_shape(*y.shape), dtype=torch.float32)
-        dense = None if bias is None else bias.contiguous()
-        where = decision.config, torch_device(x.device)
-        triton_kernel.linear(y, moments, _dense(x), weight.contiguous(), dense, *where)
-    return NormSiluLinearStep(into, None, moments, None)
-
-
 def linear_norm_silu_gradient(
     of_h: Tensor,
     x: Tensor,
@@ -337,15 +285,6 @@ def _checked(
     """``x``, ``weight`` and ``bias`` in the dtype of the product, once all arguments fit."""
     given = _named(norms, bias=bias)
     _check_floating(x=x, weight=weight, **given)
-    x, weight, bias = _cast(x, weight, bias)
-    given |= results
-    shapes = {name: None if t is None else tuple(t.shape) for name, t in given.items()}
-    spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape))
-    return x, weight, bias
-
-
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype of the product."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -354,6 +293,9 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             raise TypeError(f"{name} is {value.dtype}; it must be {x.dtype} like x")
+    given |= results
+    shapes = {name: None if t is None else tuple(t.shape) for name, t in given.items()}
+    spec.check_arguments(tuple(x.shape), shapes, tuple(weight.shape))
     return x, weight, bias
 
 
@@ -473,16 +415,12 @@ def _write(
             found = _finish(x, norms, "torch" if implementation == "torch" else None)
             if h is not None:
                 h.copy_(found)
-            _linear_into(y, _as_rows(found.to(weight.dtype)), weight, bias)
+            rows = _as_rows(found.to(weight.dtype))
+            if bias is None or y.dtype != weight.dtype:
+                y.copy_(F.linear(rows, weight, bias).view(y.shape))
+            else:
+                torch.addmm(bias, rows, weight.mT, out=_viewed(y))
     return NormSiluLinearStep(y, h, None, None)
-
-
-def _linear_into(y: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    with torch_functions.without_autocast(rows):
-        if bias is None or y.dtype != weight.dtype:
-            y.copy_(F.linear(rows, weight, bias).view(y.shape))
-        else:
-            torch.addmm(bias, rows, weight.mT, out=_viewed(y))
 
 
 def _launch(

@@ -137,24 +137,17 @@ def _joined(
 
 
 @triton.jit
-def _store_result(
-    y, moments, total, bias, row, rows, in_range, feature, y_row, FEATURES: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of y, given (features, rows), and of each block of its columns the mean and the
-    sum of squared distances from it."""
-    in_features = feature < FEATURES
-    if BIAS:
-        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[:, None]
-    stored = total.to(y.dtype.element_ty)
-    place = y + (row * y_row)[None, :] + feature[:, None]
-    tl.store(place, stored, mask=in_features[:, None] & in_range[None, :])
-    COUNT: tl.constexpr = total.shape[0] // BLOCK_COLUMNS
+def _store_moments(
+    moments, stored, row, rows, in_range, FEATURES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Of a tile of y (features, rows) the mean of each block of columns and the sum of squared
+    distances from it."""
+    COUNT: tl.constexpr = stored.shape[0] // BLOCK_COLUMNS
     blocks: tl.constexpr = (FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     block = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     left = FEATURES - block * BLOCK_COLUMNS
     size = tl.minimum(tl.maximum(left, 1), BLOCK_COLUMNS).to(tl.float32)[:, None]
-    values = tl.reshape(stored.to(tl.float32), [COUNT, BLOCK_COLUMNS, total.shape[1]])
+    values = tl.reshape(stored.to(tl.float32), [COUNT, BLOCK_COLUMNS, stored.shape[1]])
     real = (tl.arange(0, BLOCK_COLUMNS)[None, :] < left[:, None])[:, :, None]
     mean = tl.sum(tl.where(real, values, 0.0), 1) / size
     away = tl.where(real, values - mean[:, None, :], 0.0)
@@ -227,33 +220,6 @@ def _matrix(weight, feature, k, in_features, in_row, feature_stride, k_stride):
 @triton.jit
 def _scales(norm_weight, norm_bias, k, in_row):
     return _line(norm_weight, k, in_row), _line(norm_bias, k, in_row)
-
-
-@triton.jit
-def linear_kernel(
-    x, weight, bias, y, of_y,
-    rows, x_row, y_row,
-    WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """A tile of ``y`` and its moments, without a norm."""
-    wait(EARLY)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    in_range, in_features = row < rows, feature < FEATURES
-    total = tl.zeros([SLICES, BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
-    for start in range(0, WIDTH, SLICES * DEPTH):
-        k = _columns(start, SLICES, DEPTH)
-        in_row = k < WIDTH
-        matrix = _matrix(weight, feature, k, in_features, in_row, WIDTH, 1)
-        value = tl.load(_place(x, row, k, x_row), mask=_real(in_range, in_row), other=0.0)
-        total = _product(matrix, value, total, PRECISION, UPCAST)
-    total = tl.sum(total, 0)
-    _store_result(
-        y, of_y, total, bias, row, rows, in_range, feature, y_row, FEATURES, BLOCK_COLUMNS, BIAS
-    )
 
 
 @triton.jit
@@ -343,9 +309,12 @@ def forward_kernel(
         total = (total - of_scale[:, None] * outer_mean[None, :]) * outer_inverse[None, :]
         total += of_bias[:, None]
         outer_mean += shift
-    _store_result(
-        y, of_y, total, bias, row, rows, in_range, feature, y_row, FEATURES, BLOCK_COLUMNS, BIAS
-    )
+    if BIAS:
+        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[:, None]
+    stored = total.to(y.dtype.element_ty)
+    place = y + (row * y_row)[None, :] + feature[:, None]
+    tl.store(place, stored, mask=in_features[:, None] & in_range[None, :])
+    _store_moments(of_y, stored, row, rows, in_range, FEATURES, BLOCK_COLUMNS)
     COUNT: tl.constexpr = 4 if SKIP else 2
     number = tl.arange(0, COUNT)[None, :]
     known = tl.where(number == 0, mean[:, None], inverse[:, None])
@@ -587,22 +556,6 @@ def forward(
     _launch(forward_kernel, arguments, flags, (*x.shape, len(weight)), config, device)
 
 
-def linear(
-    y: torch.Tensor,
-    of_y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    config: Config,
-    device: Device,
-) -> None:
-    """Launch on ``x`` (rows, width), rows > 0, into ``y`` (rows, features) and the moments
-    ``of_y``. Strides as in `forward`."""
-    arguments = {"x": x, "weight": weight, "bias": bias, "y": y, "of_y": of_y, "rows": len(x)}
-    flags = {"BIAS": bias is not None}
-    _launch(linear_kernel, arguments, flags, (*x.shape, len(weight)), config, device)
-
-
 def gradient(
     into: torch.Tensor,
     add: bool,
@@ -640,10 +593,10 @@ def gradient(
 
 
 def compilations(problem: Problem, config: Config, device: Device) -> list[Compilation]:
-    """The specialisation that ``problem`` launches, for contiguous tensors; without a skip
-    connection also that of `linear` of the same sizes."""
+    """The specialisation that ``problem`` launches, for contiguous tensors."""
     rows, width, features = (size for _, size in problem.dims)
-    skip = bool(problem.flag("skip", False))
+    backward = problem.direction == "backward"
+    kernel = gradient_kernel if backward else forward_kernel
     element = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[problem.dtype]
     exact = ("moments", "of_y", "statistics")
     integers = {
@@ -653,7 +606,7 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     }
     constants = {
         **_constants(rows, width, features, config, device),
-        "SKIP": skip,
+        "SKIP": bool(problem.flag("skip", False)),
         **dict.fromkeys(("BIAS", "KEEP", "ADD"), True),
         **dict.fromkeys(("MOMENTS", "STATISTICS"), False),
         "PRECISION": _precision(device.platform, allow_tf32=False),
@@ -664,29 +617,25 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
     }
     aligned = {name for name, value in integers.items() if value % 16 == 0}
     programs = _grid(rows, features, config)
-
-    def made(kernel: Any) -> Compilation:
-        own = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        types = dict.fromkeys(own, "constexpr") | {"eps": "fp32"} | dict.fromkeys(exact, "*fp32")
-        signature = {
-            name: types.get(name, "i32" if name in integers else element)
-            for name in kernel.arg_names
-        }
-        return Compilation(
+    own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = dict.fromkeys(own, "constexpr") | {"eps": "fp32"} | dict.fromkeys(exact, "*fp32")
+    signature = {
+        name: types.get(name, "i32" if name in integers else element) for name in kernel.arg_names
+    }
+    divisible = tuple(
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or (kind == "i32" and name in aligned)
+    )
+    return [
+        Compilation(
             kernel,
             signature,
             own,
-            tuple(
-                name
-                for name, kind in signature.items()
-                if kind.startswith("*") or (kind == "i32" and name in aligned)
-            ),
+            divisible,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             programs=programs[0] * programs[1],
             uses_dot=problem.dtype != "float32" or device.platform != "hip",
         )
-
-    if problem.direction == "backward":
-        return [made(gradient_kernel)]
-    return [made(forward_kernel), *([] if skip else [made(linear_kernel)])]
+    ]

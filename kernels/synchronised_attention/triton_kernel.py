@@ -30,6 +30,7 @@ import triton.language as tl
 from ..core.ahead_of_time import Compilation
 from ..core.device import Device
 from ..core.problem import Problem
+from ..core.triton_functions import early, wait
 from ..core.triton_low_rank import compilation, dot, precision
 from .layout import is_channels_first, is_shared
 from .spec import Config, padded, split_positions, split_width
@@ -68,9 +69,11 @@ def query_kernel(
     weight_row, weight_column,
     BEFORE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     SLICES: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries, of which each warp takes ``EACH`` pairs at a time; those of the first
     columns store the sums too."""
+    wait(EARLY)
     tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -288,10 +291,11 @@ def attention_kernel(
     KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
     VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
     KEYS_FIRST: tl.constexpr, VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What ``ROWS`` queries to one set of keys read, and their log-sum-exp, from all positions or,
     with ``SPLIT``, some. Every warp has a slice of each block, a maximum and sums of its own."""
+    wait(EARLY)
     EACH: tl.constexpr = BLOCK // SLICES
     BLOCKS: tl.constexpr = (QUERIES + ROWS - 1) // ROWS
     plane = tl.program_id(0) // BLOCKS
@@ -417,10 +421,11 @@ def join_kernel(
     parts, logarithms, read, log_sum_exp,
     read_row, read_column, log_row, log_column,
     batches, splits, rows,
-    WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some features of what one query reads, from what each split of the positions gives for
     it."""
+    wait(EARLY)
     batch = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     split = tl.arange(0, SPLITS)
@@ -454,10 +459,11 @@ def query_gradient_kernel(
     KEY_MAIN: tl.constexpr, KEY_LAST: tl.constexpr, VALUE_MAIN: tl.constexpr,
     VALUE_LAST: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
     KEYS_FIRST: tl.constexpr, VALUES_FIRST: tl.constexpr, SHARED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The share of some positions in the gradient of ``ROWS`` queries to one set of keys, for
     ``parts`` (splits, batch, heads * queries * K)."""
+    wait(EARLY)
     EACH: tl.constexpr = BLOCK // SLICES
     BLOCKS: tl.constexpr = (QUERIES + ROWS - 1) // ROWS
     plane = tl.program_id(0) // BLOCKS
@@ -562,12 +568,13 @@ def sum_gradient_kernel(
     of_synchronisation_row, of_synchronisation_column, of_sums_row, of_sums_column,
     NEXT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     SLICES: tl.constexpr, EACH: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradients of synchronisation and sums, of which each warp takes ``EACH``
     columns of the queries at a time, loading ``TOGETHER`` parts of their gradient together; those
     of the first columns store that gradient too. ``NEXT``: "decayed" adds r times the gradient of
     the next sums, "given" the gradient itself."""
+    wait(EARLY)
     tiles = tl.cdiv(pairs, BLOCK_COLUMNS)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -618,9 +625,10 @@ def collect_kernel(
     z, of_sums, starts, pair_of, other_of, of_z,
     rows, neurons,
     z_row, z_column, of_sums_row, of_sums_column, of_z_row, of_z_column,
-    ROWS: tl.constexpr, NEURONS: tl.constexpr, ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, ENTRIES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradient of each neuron, over its pairs, that of the sum times the other one."""
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     in_rows = (row < rows)[:, None, None]
@@ -826,11 +834,17 @@ def _together(splits: int) -> int:
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    device: Device,
 ) -> None:
     given = {**arguments, **constants}
     names = [name for name in kernel.arg_names if name in given]
     options = {name: given[name] for name in ("num_warps", "num_stages")}
+    if "EARLY" in kernel.arg_names:
+        options |= early(device)
     kernel[grid](**{name: given[name] for name in names}, **options)
 
 
@@ -914,7 +928,7 @@ def forward(
     constants |= {"BEFORE": before is not None, "UPCAST": _upcast(z, device)}
     row_tiles = triton.cdiv(batch, constants["BLOCK_ROWS"])
     grid = (row_tiles * triton.cdiv(columns, _QUERY_COLUMNS),)
-    _launch(query_kernel, grid, arguments, constants)
+    _launch(query_kernel, grid, arguments, constants, device)
 
     queries = columns // (heads * width)
     rows = _rows(queries, width, values.shape[3], device)
@@ -932,7 +946,9 @@ def forward(
         "split_positions": each,
         **_strides(query=query, read=parts, log=logarithms),
     }
-    _launch(attention_kernel, (programs, splits), arguments, constants | {"SPLIT": splits > 1})
+    _launch(
+        attention_kernel, (programs, splits), arguments, constants | {"SPLIT": splits > 1}, device
+    )
     if splits == 1:
         return
     arguments = {
@@ -947,7 +963,7 @@ def forward(
     }
     constants = _join(values.shape[3], pieces)
     blocks = triton.cdiv(values.shape[3], constants["FEATURES"])
-    _launch(join_kernel, (batch * heads * queries, blocks), arguments, constants)
+    _launch(join_kernel, (batch * heads * queries, blocks), arguments, constants, device)
 
 
 def _join(width: int, splits: int) -> dict[str, int]:
@@ -1001,7 +1017,7 @@ def gradient(
         "split_positions": each,
         **_strides(query=query, read=read, of_read=of_read, log=log_sum_exp),
     }
-    _launch(query_gradient_kernel, (programs, splits), arguments, constants)
+    _launch(query_gradient_kernel, (programs, splits), arguments, constants, device)
 
     later = of_sums if of_next is None else of_next
     arguments = {
@@ -1031,7 +1047,7 @@ def gradient(
     constants |= {"UPCAST": _upcast(in_weight, device)}
     row_tiles = triton.cdiv(batch, constants["BLOCK_ROWS"])
     grid = (row_tiles * triton.cdiv(pairs, _SUM_COLUMNS),)
-    _launch(sum_gradient_kernel, grid, arguments, constants)
+    _launch(sum_gradient_kernel, grid, arguments, constants, device)
 
     starts, pair_of, other_of = table
     neurons = z.shape[1]
@@ -1047,7 +1063,7 @@ def gradient(
         **_strides(z=z, of_sums=of_sums, of_z=of_z),
     }
     blocks = triton.cdiv(batch, _COLLECT_ROWS), triton.cdiv(neurons, _COLLECT_NEURONS)
-    _launch(collect_kernel, blocks, arguments, _collect(pairs, neurons))
+    _launch(collect_kernel, blocks, arguments, _collect(pairs, neurons), device)
 
 
 def _collect(pairs: int, neurons: int) -> dict[str, int]:
@@ -1103,7 +1119,7 @@ def key_gradient(
     }
     grid = (batch * heads * triton.cdiv(positions, config.block_positions),)
     for part in _parts(config):
-        _launch(key_gradient_kernel, grid, arguments, constants | {"PART": part})
+        _launch(key_gradient_kernel, grid, arguments, constants | {"PART": part}, device)
     return of_keys, of_values
 
 
@@ -1161,11 +1177,12 @@ def compilations(problem: Problem, config: Config, device: Device) -> list[Compi
         sizes: Mapping[str, int] = integers,
         uses_dot: bool = True,
     ) -> Compilation:
+        given = {**constants, **early(device)}
         found = compilation(
             kernel,
             problem.dtype,
             sizes,
-            {k: v for k, v in constants.items() if k in kernel.arg_names},
+            {k: v for k, v in given.items() if k in kernel.arg_names},
             exact=exact,
             uses_dot=uses_dot,
             programs=programs,

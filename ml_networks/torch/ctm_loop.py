@@ -36,7 +36,6 @@ from ml_networks.kernels.torch import (
     AttendedGradient,
     hyper_lora_linear,
     linear_norm_silu_gradient,
-    linear_step,
     neuron_level_model,
     neuron_level_model_trace_gradient,
     neuron_level_model_weight_gradient,
@@ -314,12 +313,8 @@ def _pass(
     """The linear layers of a tick into ``out``, what follows the last into ``state``, and what
     follows the others, where it is skipped to a later layer, into ``outputs``. Returns the norms'
     statistics."""
+    _linear(loop.layers[0], x, out[0])
     moments: Tensor | None = None
-    first = loop.layers[0].linear
-    if len(first) == 2 and not _natively(x):
-        moments = linear_step(x, *first, into=out[0]).moments
-    else:
-        _linear(loop.layers[0], x, out[0])
     told: list[Tensor | None] = []
     for number, layer in enumerate(loop.layers):
         y, skipped = out[number], _skipped(layer, outputs)
