@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,8 @@ def synchronised_attention(
         :math:`W`, (G R K, n), and :math:`b`, (G R K,), for G sets of keys and R queries to each.
         No further :math:`1/\sqrt{K}` is applied.
     keys, values
-        (B, G, S, K) and (B, G, S, V), S at least 1. One array given for both is read once.
+        (B, G, S, K) and (B, G, S, V), S at least 1. One array given for both is read once, under
+        a transform too; what comes into the transformed function as two arguments is two.
     sums
         :math:`a`, (B, n), in the dtype of ``r``; None: the first tick.
     implementation
@@ -95,25 +96,19 @@ def synchronised_attention(
     arrays = {"z": z, "in_weight": in_weight, "in_bias": in_bias, "keys": keys, "values": values}
     given = {**arrays, **pairs, **exact}
     spec.check_arguments({k: None if v is None else tuple(v.shape) for k, v in given.items()})
-    options = _Options(shared, implementation)
     sizes = _sizes(z, in_weight, keys, values)
-    decision = _decide(sizes, keys.dtype.name, options)
-    attend = _plain_attend
+    decision = _decide(sizes, keys.dtype.name, shared, implementation)
+    attend: Any = _plain_attend
     if decision.implementation == "pallas" and 0 not in sizes:
-        attend = partial(_fused_attend, sizes=sizes, options=options)  # type: ignore[assignment]
+        attend = partial(_fused_attend, sizes=sizes, implementation=implementation)
     with usage.timed(decision):
         query, found = _plain_query(
             z, pairs["left"], pairs["right"], **exact, in_weight=in_weight, in_bias=in_bias
         )
         heads, width = keys.shape[1], keys.shape[3]
         query = query.reshape(len(z), heads, in_weight.shape[0] // (heads * width), width)
-        read = attend(query, keys, keys if shared else values)
+        read = attend(query, keys, None if shared else values)
         return read.reshape(len(z), in_weight.shape[0] // width * values.shape[3]), found
-
-
-class _Options(NamedTuple):
-    shared: bool
-    implementation: str | None
 
 
 def _sizes(z: Array, in_weight: Array, keys: Array, values: Array) -> tuple[int, ...]:
@@ -123,11 +118,13 @@ def _sizes(z: Array, in_weight: Array, keys: Array, values: Array) -> tuple[int,
     return (*z.shape, pairs, heads, columns // (heads * width), positions, width, values.shape[3])
 
 
-def _decide(sizes: tuple[int, ...], dtype: str, options: _Options) -> dispatch.Decision:
-    flags = ("shared", options.shared), ("channels_first", False)
+def _decide(
+    sizes: tuple[int, ...], dtype: str, shared: bool, implementation: str | None
+) -> dispatch.Decision:
+    flags = ("shared", shared), ("channels_first", False)
     dims = tuple(zip(spec.DIMENSIONS, sizes, strict=True))
     problem = Problem(spec.NAME, dims, dtype, flags, "forward")
-    return dispatch.decide(problem, jax_device(), BINDING, options.implementation)
+    return dispatch.decide(problem, jax_device(), BINDING, implementation)
 
 
 @jax.jit
@@ -151,8 +148,9 @@ def _plain_query(
 
 
 @jax.jit
-def _plain_attend(query: Array, keys: Array, values: Array) -> Array:
-    """Queries (B, G, R, K) to what they read (B, G, R, V)."""
+def _plain_attend(query: Array, keys: Array, values: Array | None) -> Array:
+    """Queries (B, G, R, K) to what they read (B, G, R, V); without values, of the keys."""
+    values = keys if values is None else values
     exact = jnp.promote_types(keys.dtype, jnp.float32)
     scores = jnp.matmul(query, keys.mT, preferred_element_type=exact)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -161,30 +159,31 @@ def _plain_attend(query: Array, keys: Array, values: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _fused_attend(
-    query: Array, keys: Array, values: Array, sizes: tuple[int, ...], options: _Options
+    query: Array,
+    keys: Array,
+    values: Array | None,
+    sizes: tuple[int, ...],
+    implementation: str | None,
 ) -> Array:
-    decision = _decide(sizes, keys.dtype.name, options)
-    return pallas_kernel.attend(
-        query,
-        keys,
-        values,
-        shared=options.shared,
-        config=decision.config,
-        device=jax_device(),
-    )
+    decision = _decide(sizes, keys.dtype.name, values is None, implementation)
+    return pallas_kernel.attend(query, keys, values, config=decision.config, device=jax_device())
 
 
-Three = tuple[Array, Array, Array]
+Three = tuple[Array, Array, Array | None]
 
 
 def _fused_forward(
-    query: Array, keys: Array, values: Array, sizes: tuple[int, ...], options: _Options
+    query: Array,
+    keys: Array,
+    values: Array | None,
+    sizes: tuple[int, ...],
+    implementation: str | None,
 ) -> tuple[Array, Three]:
-    return _fused_attend(query, keys, values, sizes, options), (query, keys, values)
+    return _fused_attend(query, keys, values, sizes, implementation), (query, keys, values)
 
 
 def _fused_backward(
-    sizes: tuple[int, ...], options: _Options, saved: Three, of_read: Array
+    sizes: tuple[int, ...], implementation: str | None, saved: Three, of_read: Array
 ) -> Three:
     found: Three = jax.vjp(_plain_attend, *saved)[1](of_read)
     return found

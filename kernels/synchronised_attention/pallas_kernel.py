@@ -113,17 +113,17 @@ def _kernel(query: Any, keys: Any, *references: Any, plan: _Plan) -> None:
     pallas.store(log_sum_exp, largest + jnp.log(total), line if mask else None)
 
 
-@partial(jax.jit, static_argnames=("shared", "config", "device"))
+@partial(jax.jit, static_argnames=("config", "device"))
 def attend(
-    query: Array, keys: Array, values: Array, *, shared: bool, config: Config, device: Device
+    query: Array, keys: Array, values: Array | None, *, config: Config, device: Device
 ) -> Array:
-    """What queries (B, G, R, K) read of keys (B, G, S, K) and values (B, G, S, V); nothing may be
-    empty. ``shared``: the values are the keys. ``device`` keys the compiled code."""
+    """What queries (B, G, R, K) read of keys (B, G, S, K) and values (B, G, S, V), or None where
+    the keys are the values; nothing may be empty. ``device`` keys the compiled code."""
     batch, heads, queries, key_width = query.shape
-    positions, value_width = values.shape[2:]
+    positions, value_width = (keys if values is None else values).shape[2:]
     planes, block = batch * heads, config.block_positions
     splits, each = split_positions(planes, positions, config, device.processors)
-    plan = _Plan(queries, positions, key_width, value_width, shared, block, each)
+    plan = _Plan(queries, positions, key_width, value_width, values is None, block, each)
     whole = splits * each
     rows, key_side, value_side = queries, key_width, value_width
     if pallas.masks_blocks():
@@ -147,10 +147,10 @@ def attend(
         pl.BlockSpec((None, key_side, rows), lambda plane, split: (plane, 0, 0)),
         tokens(key_side),
     ]
-    if not shared:
+    if values is not None:
         arrays.append(planes_of(values))
         in_specs.append(tokens(value_side))
-    dtype = values.dtype if splits == 1 else jnp.float32
+    dtype = keys.dtype if splits == 1 else jnp.float32
     parts, log_sum_exp = pallas.call(
         partial(_kernel, plan=plan),
         grid=(planes, splits),
@@ -168,5 +168,5 @@ def attend(
     if splits > 1:
         shares = jax.nn.softmax(log_sum_exp, axis=0)
         # A part with no finite score has a share of 0 and says NaN.
-        read = jnp.where(shares == 0.0, 0.0, parts * shares).sum(0).astype(values.dtype)
+        read = jnp.where(shares == 0.0, 0.0, parts * shares).sum(0).astype(keys.dtype)
     return read.mT.reshape(batch, heads, queries, value_width)

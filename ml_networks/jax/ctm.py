@@ -53,11 +53,12 @@ class _Look:
 
     ``read = softmax(query keys^T) values`` with ``query = synchronisation in_weight^T + in_bias``,
     and the attention's output is ``read out_weight^T + out_bias``. Keys and values are
-    (B, 1 or heads, S, K) and (B, 1 or heads, S, V); a single set serves every head.
+    (B, 1 or heads, S, K) and (B, 1 or heads, S, V); a single set serves every head. Values are
+    None where the keys are the values.
     """
 
     keys: Array
-    values: Array
+    values: Array | None
     in_weight: Array
     in_bias: Array
     out_weight: Array
@@ -65,7 +66,8 @@ class _Look:
 
     def astype(self, dtype: Any) -> _Look:
         """The same in another dtype."""
-        return _Look(*(getattr(self, field.name).astype(dtype) for field in fields(self)))
+        arrays = [getattr(self, field.name) for field in fields(self)]
+        return _Look(*jax.tree.map(lambda array: array.astype(dtype), arrays))
 
     def __call__(self, synchronisation: Array, dropout: Any) -> tuple[Array, Array]:
         """Return what was read (B, heads V), and the weights (B, heads, S)."""
@@ -75,7 +77,7 @@ class _Look:
         scores = query @ self.keys.mT
         exact = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         weights = dropout(jax.nn.softmax(exact)).astype(scores.dtype)
-        read = weights @ self.values
+        read = weights @ (self.keys if self.values is None else self.values)
         return read.reshape(batch, -1), weights.reshape(batch, -1, positions)
 
 
@@ -342,7 +344,7 @@ neuron_select_type, n_random_pairing_self, in_channels
         in_bias = jnp.einsum("hdc,hd->hc", k_map, in_bias).reshape(-1)
         out_weight = jnp.einsum("ehd,hdc->ehc", w_o, v_map).reshape(width, -1)
         out_bias = jnp.einsum("ehd,hd->e", w_o, w_v @ norm.bias[...] + b_v) + b_o
-        return _Look(rows, rows, in_weight, in_bias, out_weight, out_bias)
+        return _Look(rows, None, in_weight, in_bias, out_weight, out_bias)
 
     def __call__(self, x: Array, track: bool = False) -> Thoughts | Tracked:
         """Think about the input for ``iterations`` ticks.

@@ -93,8 +93,8 @@ class Loop(NamedTuple):
     r, scale
         What a sum keeps from a tick to the next, (n,), and its factor at each tick, (T, n).
     keys, values, in_weight, in_bias
-        As in attention over a fixed input: (B, 1 or heads, S, K) and (B, 1 or heads, S, V), and
-        the map from synchronisation to queries.
+        As in attention over a fixed input: (B, 1 or heads, S, K) and (B, 1 or heads, S, V), or
+        None where the keys are the values, and the map from synchronisation to queries.
     neurons
         The arguments of :func:`~ml_networks.kernels.jax.neuron_level_model` after the first.
     layers
@@ -109,7 +109,7 @@ class Loop(NamedTuple):
     r: Array
     scale: Array
     keys: Array
-    values: Array
+    values: Array | None
     in_weight: Array
     in_bias: Array
     neurons: tuple[Array, ...]
@@ -274,12 +274,12 @@ def _tick(
     linear layers."""
     if on_one_accelerator():
         left, right = jnp.split(jnp.asarray(loop.pairs), 2)
-        ask, look = (loop.in_weight, loop.in_bias), (loop.keys, loop.values)
+        ask, look = (loop.in_weight, loop.in_bias), (loop.keys, _values(loop))
         read, total = synchronised_attention(z, left, right, loop.r, scale, *ask, *look, before)
     else:
         left, right = jnp.split(z[:, loop.pairs], 2, 1)
         total = loop.r * before + left * right
-        read = _read(_queries(loop, total * scale), loop.keys, loop.values)
+        read = _read(_queries(loop, total * scale), loop.keys, _values(loop))
         read = read.reshape(len(z), -1)
     outputs: list[Array] = []
     products = [_linear(loop.layers[0], jnp.concatenate([read, z], 1))]
@@ -345,7 +345,7 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
                 of_outputs[number - 1] += of_x.astype(exact)
         width = reads.shape[-1]
         of_read = of_x[:, :width].reshape(*query.shape[:3], -1)
-        _, of_scores = _attention_gradient(query, loop.keys, loop.values, of_read)
+        _, of_scores = _attention_gradient(query, loop.keys, _values(loop), of_read)
         of_query = (of_scores @ loop.keys).reshape(len(z), -1)
         of_synchronisation = (of_query @ loop.in_weight).astype(exact)
         of_sum = loop.r * of_sum + of_synchronisation * scale
@@ -402,7 +402,7 @@ def _gradients(loop: Loop, thought: Thought, of_activations: Array) -> Loop:
 
 def _shared_gradients(
     loop: Loop, history: Array, of_z: Array, queries: Array, of_reads: Array
-) -> tuple[tuple[Array, ...], Array, Array]:
+) -> tuple[tuple[Array, ...], Array, Array | None]:
     """The gradients of the neurons' weights, the keys and the values, some ticks at a time: the
     neurons' hidden layers, or the attention weights, of all of them would fill the memory."""
     ticks, batch = of_z.shape[:2]
@@ -428,9 +428,11 @@ def _shared_gradients(
             values.transpose(1, 2, 0, 3, 4).reshape(*values.shape[1:3], -1, values.shape[-1])
             for values in (queries, of_reads)
         )
-        weights, of_scores = _attention_gradient(query, loop.keys, loop.values, of_read)
-        shares = found, of_scores.mT @ query, weights.mT @ of_read
-        return jax.tree.map(jnp.add, sums, shares), None
+        weights, of_scores = _attention_gradient(query, loop.keys, _values(loop), of_read)
+        of_keys, of_values = of_scores.mT @ query, weights.mT @ of_read
+        if loop.values is None:
+            of_keys, of_values = of_keys.astype(sums[1].dtype) + of_values, None
+        return jax.tree.map(jnp.add, sums, (found, of_keys, of_values)), None
 
     zeros = jax.tree.map(
         lambda value: jnp.zeros(value.shape, jnp.promote_types(value.dtype, jnp.float32)),
@@ -450,6 +452,10 @@ def _by_ticks(x: Array) -> bool:
     """Whether an op takes the ticks one by one: all their rows at once are one axis, in which
     samples could not stay divided among several devices."""
     return x.ndim > 2 and jax.device_count() > 1
+
+
+def _values(loop: Loop) -> Array:
+    return loop.keys if loop.values is None else loop.values
 
 
 def _queries(loop: Loop, synchronisations: Array) -> Array:

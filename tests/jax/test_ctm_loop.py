@@ -200,6 +200,9 @@ def test_one_gpu_runs_it_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         f"neuron_level_model{kind}": 1 for kind in ("", "_trace_gradient", "_weight_gradient")
     }
     assert {name: kernels[name] for name in counts} == counts
+    # Beside the queries one array: the keys, which are the values.
+    (attention,) = re.findall(r'.*name = "synchronised_attention".*', text)
+    assert re.findall(r"\((%[^)]*)\)", attention)[0].count("%") == 2
 
 
 def test_each_tick_keeps_43_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:

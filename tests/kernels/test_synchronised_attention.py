@@ -664,18 +664,18 @@ def test_jax_without_sums_samples_or_pairs(shared: bool, implementation: str) ->
 def test_pallas_joins_split_positions(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec, "POSITIONS_PER_SPLIT", 16)
     query, keys, values = draw(3, 2, 2, 17), draw(3, 2, 70, 17, seed=1), draw(3, 2, 70, 17, seed=2)
-    values = keys if shared else values
+    arrays = [jnp.asarray(value) for value in (query, keys, values)]
     many = replace(dispatch.current_device("jax"), processors=64)
     with pallas.interpret():
         found = pallas_kernel.attend(
-            *map(jnp.asarray, (query, keys, values)),
-            shared=shared,
+            *arrays[:2],
+            None if shared else arrays[2],
             config=spec.Config(block_positions=16),
             device=many,
         )
     scores = query @ keys.swapaxes(2, 3)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    exact = weights / weights.sum(-1, keepdims=True) @ values
+    exact = weights / weights.sum(-1, keepdims=True) @ (keys if shared else values)
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
 
 
