@@ -110,10 +110,9 @@ def synchronisation(
     arrays = jnp.asarray(activations), *pairs, jnp.asarray(decay), previous
     decision = _decide((*activations.shape[:2], len(left)), "forward", options)
     with usage.timed(decision):
-        walk, products = _plain_walk, _plain_products
-        if decision.implementation != "xla" and activations.shape[1] * len(left):
-            walk, products = _fused_walk, _fused_products
-        return _through(walk, products, arrays, options)
+        if decision.implementation == "xla" or not activations.shape[1] * len(left):
+            return _plain(arrays, options)
+        return _through(_fused_walk, _fused_products, arrays, options)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -127,22 +126,32 @@ def _decide(walked: tuple[int, ...], direction: str, options: _Options) -> dispa
     return dispatch.decide(problem, jax_device(), BINDING, options.implementation)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 3))
 def _through(walk: Any, products: Any, arrays: Any, options: _Options) -> Array:
     activations, left, right, decay, previous = arrays
+    found = products(activations, left, right)
+    return walk(_prepared(found, decay, previous, options), options)
+
+
+@partial(jax.jit, static_argnums=1)
+def _plain(arrays: Any, options: _Options) -> Array:
+    return _through(_plain_walk, _plain_products, arrays, options)
+
+
+# No kernel within: which one, and for what device, is for each call to decide.
+@partial(jax.jit, static_argnums=3)
+def _prepared(found: Array, decay: Array, previous: Array | None, options: _Options) -> _Walk:
     exact = jnp.promote_types(options.dtype, jnp.float32)
-    ticks, elapsed = len(activations), options.elapsed
-    decay = decay.astype(exact)
+    ticks, elapsed = len(found), options.elapsed
+    decay, found = decay.astype(exact), found.astype(exact)
     steps = jnp.arange(elapsed + ticks, dtype=exact)
     betas = jnp.cumsum(jnp.exp(-decay * steps[:, None]), 0)
-    found = products(activations, left, right).astype(exact)
     before = jnp.zeros_like(found[0])
     if previous is not None:
         before = previous.astype(exact) * jnp.sqrt(betas[elapsed - 1])
-    scale = jax.lax.rsqrt(betas[elapsed:])
-    return walk(_Walk(found, jnp.exp(-decay), scale, before), options)
+    return _Walk(found, jnp.exp(-decay), jax.lax.rsqrt(betas[elapsed:]), before)
 
 
+@jax.jit
 def _plain_products(activations: Array, left: Array, right: Array) -> Array:
     exact = jnp.promote_types(activations.dtype, jnp.float32)
     return activations[..., left].astype(exact) * activations[..., right].astype(exact)

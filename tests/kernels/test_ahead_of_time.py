@@ -10,9 +10,18 @@ import os
 
 import pytest
 
-from ml_networks.kernels.core import ahead_of_time, device, dispatch, pallas, registry
+from ml_networks.kernels.core import (
+    ahead_of_time,
+    device,
+    dispatch,
+    pallas,
+    records,
+    registry,
+    tuner,
+)
 from ml_networks.kernels.core.errors import KernelError, UnknownNameError
 from ml_networks.kernels.core.pallas_ahead_of_time import call_and_pull
+from ml_networks.kernels.core.records import Timing
 
 OPS = sorted(registry.ops())
 GPUS = sorted(name for name in device.TARGETS if name != "tpu")
@@ -135,3 +144,49 @@ def test_lowering_leaves_no_trace() -> None:
     with pallas.lowering_for("sm_90"):
         assert dispatch.current_device("jax").target == "sm_90"
     assert dispatch.current_device("jax").platform == "cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_trace_serves_one_device_and_one_config(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was lowered for a GPU runs here after it, and in a config of its own."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    found = registry.get(op)
+    binding, chip = found.binding("jax"), device.target("sm_90")
+    case, problems = next(
+        (case, problems)
+        for case in found.spec.CASES
+        for problems in [[case.problem(op, "float32", way) for way in found.spec.DIRECTIONS]]
+        if not any(found.spec.not_supported_reasons(p, "pallas", chip) for p in problems)
+    )
+    inputs = {
+        name: value.astype("f4") if value.dtype.kind == "f" else value
+        for name, value in found.reference.make_inputs(case, 0).items()
+    }
+    inputs = jax.tree.map(jax.numpy.asarray, inputs)
+    started: list[str] = []
+
+    def counted(*arguments: object, **options: object) -> object:
+        started.append(op)
+        return call(*arguments, **options)
+
+    call = pallas.call
+    monkeypatch.setattr(pallas, "call", counted)
+    pull = functools.partial(
+        call_and_pull, binding, dict(case.flags), implementation="pallas", backward=True
+    )
+    pallas.lower(pull, inputs, target_name="sm_90")
+    nothing = Timing(1.0, 1.0, 1.0)
+    with pallas.interpret():
+        here = dispatch.current_device("jax")
+        for config in found.spec.search_space(problems[0], here, "pallas")[:2]:
+            started.clear()
+            candidate = tuner.Candidate("pallas", config)
+            forced = [
+                tuner._record(found, problem, binding, candidate, nothing, nothing)
+                for problem in problems
+            ]
+            with records.overlay(op, *forced):
+                pull(inputs)
+            assert started, config
