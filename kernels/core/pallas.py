@@ -76,6 +76,7 @@ def lower(function: Callable[..., Any], *arguments: Any, target_name: str) -> st
     mesh = AbstractMesh((1,), ("chip",), axis_types=(AxisType.Auto,), abstract_device=chip)
     where = nullcontext() if platform == "tpu" else use_abstract_mesh(mesh)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    _expect_triton()  # `call` is not reached where JAX has the trace already
     with lowering_for(target_name), where:
         traced = jax.jit(function).trace(*shapes)
         return traced.lower(lowering_platforms=(platform,)).as_text()
@@ -152,6 +153,11 @@ def dot(
     )
 
 
+def _expect_triton() -> None:
+    """JAX warns of its Triton lowering: known, and nothing that a caller could act on."""
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+
+
 def call(
     kernel: Callable[..., None],
     *,
@@ -178,8 +184,7 @@ def call(
     elif device.platform in ("cuda", "hip"):
         from jax.experimental.pallas import triton as plt
 
-        # Known, and nothing that a caller could act on.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        _expect_triton()
         parameters["compiler_params"] = plt.CompilerParams(
             num_warps=num_warps, num_stages=num_stages
         )
