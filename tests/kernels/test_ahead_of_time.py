@@ -147,7 +147,7 @@ def test_lowering_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_trace_serves_one_device_and_one_config(
+def test_a_pallas_trace_serves_one_device_and_one_config(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was lowered for a GPU runs here after it, and in a config of its own."""
