@@ -158,7 +158,7 @@ def search_space(problem: Problem, device: Device, implementation: str) -> list[
         for rows in (fewest, 2 * fewest)
         for features in (MOMENT_COLUMNS, 2 * MOMENT_COLUMNS)
         for block_in in (64, 128, 256)
-        for warps in (4, 8, 16)
+        for warps in (2, 4, 8)
         if block_in >= SMALLEST_SIDE * warps
         for stages in (2, 3, 4)
     ]
