@@ -69,7 +69,7 @@ def norm_silu_linear(
     with :math:`\operatorname{norm}(a) = (a - \mu_a) / \sqrt{\sigma_a^2 + \epsilon}` over the last
     axis (Ba et al., arXiv 1607.06450): from one linear layer of the synapses of the Continuous
     Thought Machine to the next (Darlow et al., 2025, arXiv 2505.05522). One kernel where rows are
-    few; above 256 the norms and the product run apart.
+    few; above 64 the norms and the product run apart.
 
     Parameters
     ----------

@@ -17,9 +17,9 @@ NAME = "norm_silu_linear"
 DIMENSIONS = ("rows", "width", "features")
 DIRECTIONS = ("forward", "backward")
 
-FEW_ROWS = 256
+FEW_ROWS = 64
 """Each program normalises the rows it needs, features / block_features times over in all; that is
-less than the launch of a kernel for it only while there are few."""
+less than a kernel of its own for it only while there are few."""
 WIDEST_FLOAT32 = 400
 """Columns in float32 with a skip connection: of the gradient, in Pallas also forward."""
 SMALLEST_SIDE = 16
@@ -120,13 +120,17 @@ def heuristic(problem: Problem, device: Device, implementations: tuple[str, ...]
 def _config(problem: Problem, device: Device) -> Config:
     """Small programs of few warps: what a program does besides its product takes as long for few
     rows and features as for many, and two on a processor do it side by side. With a skip
-    connection the gradient has eight sums over a row, which want registers. AMD's matrix
-    instructions have at least 16 rows, and its warps 64 lanes."""
+    connection, sums over rows want registers. AMD's matrix instructions have at least 16 rows, and
+    its warps 64 lanes."""
     if device.platform == "hip":
-        return Config(16, 32, 128, 8)
-    if problem.direction == "forward":
+        return Config(16, 32, 128, 8, 2)
+    full, skip = problem.dtype == "float32", bool(problem.flag("skip", False))
+    if problem.direction == "backward":
+        return Config(8, 32 if full or skip else 64, 64 if skip else 128, 4)
+    if not skip:
         return Config(8, 32, 128, 4)
-    return Config(8, 32, 64, 4) if problem.flag("skip", False) else Config(8, 64, 128, 4)
+    # 128 columns at a time spill 8 to 16 bytes on sm_100, and 8 on sm_80 with three stages.
+    return Config(8, 32, 64 if device.capability >= (10, 0) else 128, 4, 2)
 
 
 def _pallas_config(problem: Problem, device: Device) -> Config:

@@ -9,9 +9,9 @@ deviation, S its norm's weight and t its bias,
 
     norm(u) W^T = i ((u S) W^T - m (S W^T)) + t W^T
 
-and the mean m is that of what is left when the mean of the first columns is taken off u, so that
-nothing large cancels. The gradient has the same form. With g what reaches u's norm, s the slope of
-the SiLU, w the first norm's weight and z its normalised rows, it is
+and the mean m is that of what is left when about its level in the first columns is taken off u, so
+that nothing large cancels. The gradient has the same form. With g what reaches u's norm, s the
+slope of the SiLU, w the first norm's weight and z its normalised rows, it is
 
     j (q - mean q - z mean(q z)),   q = i (g - mean g - o mean(g o)) s w,   o = i (u - m)
 
@@ -179,6 +179,20 @@ def _silu(x, scale, bias, mean, inverse):
 
 
 @triton.jit
+def _level(
+    norm_bias, skip, row, in_range, stride, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """About where the sum of SiLU and skip is in each row: its mean in some columns, where the
+    norm is taken to be 0."""
+    k = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    size: tl.constexpr = BLOCK_COLUMNS if BLOCK_COLUMNS < WIDTH else WIDTH
+    bias = tl.load(norm_bias + k, mask=k < WIDTH, other=0.0).to(tl.float32)
+    real = in_range[:, None] & (k < WIDTH)
+    value = tl.load(skip + (row * stride)[:, None] + k, mask=real, other=0.0).to(tl.float32)
+    return tl.sum(value + bias * _sigmoid(bias), 1) / size
+
+
+@triton.jit
 def _activated(x, scale, bias, mean, inverse):
     """Normalised rows, SiLU of their affine map, and its slope."""
     inner = _normed(x, mean, inverse)
@@ -240,49 +254,28 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     in_range, in_features = row < rows, feature < FEATURES
-    # What depends on nothing is asked for first.
-    if KEEP:
-        share = _columns(tl.program_id(1) * SHARE, 1, SHARE)
-        in_share = share < WIDTH
-        real_share = _real(in_range, in_share)
-        share_x = _rows(x, row, share, x_row, real_share)
-        share_scale, share_bias = _scales(norm_weight, norm_bias, share, in_share)
+    # What waits for nothing is asked for first.
+    if BIAS:
+        offsets = tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)
+    share = _columns(tl.program_id(1) * SHARE, 1, SHARE)
+    in_share = share < WIDTH
+    real_share = _real(in_range, in_share)
+    if KEEP and not SKIP:
+        kept = _rows(x, row, share, x_row, real_share)
+        share_scale, share_offset = _scales(norm_weight, norm_bias, share, in_share)
     if SKIP:
-        k = _columns(0, SLICES, DEPTH)
-        in_row = k < WIDTH
-        real = _real(in_range, in_row)
-        matrix = _matrix(weight, feature, k, in_features, in_row, WIDTH, 1)
-        first = _rows(x, row, k, x_row, real)
-        first_skip = _rows(skip, row, k, skip_row, real)
-        scale, offset = _scales(norm_weight, norm_bias, k, in_row)
-        if KEEP:
-            share_skip = _rows(skip, row, share, skip_row, real_share)
-            share_skip_scale, share_skip_bias = _scales(skip_weight, skip_bias, share, in_share)
+        shift = _level(norm_bias, skip, row, in_range, skip_row, WIDTH, BLOCK_COLUMNS)
+        # The norm's weight and bias, as two more rows.
+        of_lines = tl.zeros([SLICES, BLOCK_FEATURES, LINES], tl.float32)
+        number = tl.arange(0, LINES)[None, :, None]
+        sums = tl.zeros([SLICES, BLOCK_ROWS, DEPTH], tl.float32)
+        squares = sums
     if MOMENTS:
         mean, inverse = _joined(moments, row, rows, in_range, eps, WIDTH, BLOCKS, BLOCK_COLUMNS)
     else:
         mean, inverse = _statistics(x, row, in_range, x_row, eps, WIDTH, SLICES, DEPTH)
     total = tl.zeros([SLICES, BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
-    if SKIP:
-        value = _silu(first, scale, offset, mean, inverse) + first_skip
-        shift = _sum(tl.where(real, value, 0.0)) / min(BLOCK, WIDTH)
-        value = tl.where(in_row[:, None, :], value - _each(shift), 0.0)
-        sums = value
-        squares = value * value
-        scale, offset = _scales(skip_weight, skip_bias, k, in_row)
-        total = _product(matrix, value * scale, total, PRECISION, UPCAST)
-        # The norm's weight and bias, as two more rows.
-        of_lines = tl.zeros([SLICES, BLOCK_FEATURES, LINES], tl.float32)
-        number = tl.arange(0, LINES)[None, :, None]
-        lines = tl.where(number == 0, scale, tl.where(number == 1, offset, 0.0))
-        of_lines = _product(matrix, lines, of_lines, PRECISION, UPCAST)
-    if KEEP:
-        kept = _silu(share_x, share_scale, share_bias, mean, inverse)
-        if SKIP:
-            kept += share_skip
-        else:
-            tl.store(_place(h, row, share, h_row), kept.to(h.dtype.element_ty), mask=real_share)
-    for start in range(BLOCK if SKIP else 0, WIDTH, BLOCK):
+    for start in range(0, WIDTH, BLOCK):
         k = _columns(start, SLICES, DEPTH)
         in_row = k < WIDTH
         real = _real(in_range, in_row)
@@ -302,15 +295,14 @@ def forward_kernel(
     total = tl.sum(total, 0)
     if SKIP:
         outer_mean, outer_inverse = _spread(sums, squares, eps, WIDTH)
-        of_lines = tl.sum(of_lines, 0)
-        number = tl.arange(0, LINES)[None, :]
-        of_scale = tl.sum(tl.where(number == 0, of_lines, 0.0), 1)
-        of_bias = tl.sum(tl.where(number == 1, of_lines, 0.0), 1)
+        number = tl.arange(0, LINES)[None, None, :]
+        of_scale = tl.sum(tl.sum(tl.where(number == 0, of_lines, 0.0), 2), 0)
+        of_bias = tl.sum(tl.sum(tl.where(number == 1, of_lines, 0.0), 2), 0)
         total = (total - of_scale[:, None] * outer_mean[None, :]) * outer_inverse[None, :]
         total += of_bias[:, None]
         outer_mean += shift
     if BIAS:
-        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[:, None]
+        total += offsets[:, None]
     stored = total.to(y.dtype.element_ty)
     place = y + (row * y_row)[None, :] + feature[:, None]
     tl.store(place, stored, mask=in_features[:, None] & in_range[None, :])
@@ -323,9 +315,15 @@ def forward_kernel(
         known = tl.where(number == 3, outer_inverse[:, None], known)
     place = statistics + (row * COUNT)[:, None] + number
     tl.store(place, known, mask=(in_range & (tl.program_id(1) == 0))[:, None])
-    if KEEP and SKIP:
-        kept = (kept - _each(outer_mean)) * _each(outer_inverse)
-        kept = kept * share_skip_scale + share_skip_bias
+    if KEEP:
+        if SKIP:  # which has no registers to keep them in
+            kept = _rows(x, row, share, x_row, real_share)
+            share_scale, share_offset = _scales(norm_weight, norm_bias, share, in_share)
+        kept = _silu(kept, share_scale, share_offset, mean, inverse)
+        if SKIP:
+            kept += _rows(skip, row, share, skip_row, real_share) - _each(outer_mean)
+            share_scale, share_offset = _scales(skip_weight, skip_bias, share, in_share)
+            kept = kept * _each(outer_inverse) * share_scale + share_offset
         tl.store(_place(h, row, share, h_row), kept.to(h.dtype.element_ty), mask=real_share)
 
 
@@ -335,8 +333,8 @@ def gradient_kernel(
     rows, of_h_row, x_row, skip_row, into_row, of_skip_row, eps,
     WIDTH: tl.constexpr, FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, SHARE: tl.constexpr,
-    SKIP: tl.constexpr, ADD: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of the linear layer's input, written to ``into`` or added, and a
     share of the columns of the gradient of ``skip``. `STATISTICS` of the norms are given."""
@@ -345,13 +343,19 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     in_range, in_features = row < rows, feature < FEATURES
+    # What waits for nothing is asked for first.
+    place = into + (row * into_row)[None, :] + feature[:, None]
+    mask = in_features[:, None] & in_range[None, :]
+    before = tl.zeros([BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
+    if ADD:
+        before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     if STATISTICS:
         # Picked by sums: the compiler would make a number it can load again in every layout, and
         # with it the SiLU.
         COUNT: tl.constexpr = 4 if SKIP else 2
         number = tl.arange(0, COUNT)[None, :]
-        place = statistics + (row * COUNT)[:, None] + number
-        known = tl.load(place, mask=in_range[:, None], other=0.0)
+        told = statistics + (row * COUNT)[:, None] + number
+        known = tl.load(told, mask=in_range[:, None], other=0.0)
         mean = tl.sum(tl.where(number == 0, known, 0.0), 1)
         inverse = tl.sum(tl.where(number == 1, known, 0.0), 1)
         if SKIP:
@@ -361,13 +365,7 @@ def gradient_kernel(
     else:
         mean, inverse = _statistics(x, row, in_range, x_row, eps, WIDTH, SLICES, DEPTH)
         if SKIP:
-            k = _columns(0, SLICES, DEPTH)
-            in_row = k < WIDTH
-            real = _real(in_range, in_row)
-            scale, offset = _scales(norm_weight, norm_bias, k, in_row)
-            value = _silu(_rows(x, row, k, x_row, real), scale, offset, mean, inverse)
-            value = tl.where(real, value + _rows(skip, row, k, skip_row, real), 0.0)
-            shift = _sum(value) / min(BLOCK, WIDTH)
+            shift = _level(norm_bias, skip, row, in_range, skip_row, WIDTH, BLOCK_COLUMNS)
     of_steep = tl.zeros([SLICES, BLOCK_FEATURES, BLOCK_ROWS], tl.float32)
     of_inner, of_ones, of_slope, of_sum = of_steep, of_steep, of_steep, of_steep
     nothing = tl.zeros([SLICES, BLOCK_ROWS, DEPTH], tl.float32)
@@ -408,9 +406,6 @@ def gradient_kernel(
         of_steep = _product(matrix, g, of_steep, PRECISION, UPCAST)
         of_inner = _product(matrix, inner, of_inner, PRECISION, UPCAST)
         of_ones = _product(matrix, nothing + 1.0, of_ones, PRECISION, UPCAST)
-    level = _sum(steep) / WIDTH
-    along = _sum(steep_inner) / WIDTH
-    total = tl.sum(of_steep, 0)
     if SKIP:
         if not STATISTICS:
             outer_mean, outer_inverse = _spread(sums, squares, eps, WIDTH)
@@ -419,36 +414,30 @@ def gradient_kernel(
         rise = _sum(given_sum) / WIDTH - outer_mean * base
         rise *= outer_inverse * outer_inverse
         base -= outer_mean * rise
-        level -= base * _sum(slopes) / WIDTH + rise * _sum(sloped) / WIDTH
-        along -= base * _sum(slopes_inner) / WIDTH + rise * _sum(sloped_inner) / WIDTH
-        level *= outer_inverse
-        along *= outer_inverse
-        total -= base[None, :] * tl.sum(of_slope, 0) + rise[None, :] * tl.sum(of_sum, 0)
-        total *= outer_inverse[None, :]
-    total -= level[None, :] * tl.sum(of_ones, 0) + along[None, :] * tl.sum(of_inner, 0)
-    total = tl.trans(total * inverse[None, :])
-    place = into + (row * into_row)[:, None] + feature[None, :]
-    mask = in_range[:, None] & in_features[None, :]
-    if ADD:
-        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        steep -= _each(base) * slopes + _each(rise) * sloped
+        steep_inner -= _each(base) * slopes_inner + _each(rise) * sloped_inner
+        of_steep -= base[None, None, :] * of_slope + rise[None, None, :] * of_sum
+    level = (_sum(steep) / WIDTH)[None, None, :]
+    along = (_sum(steep_inner) / WIDTH)[None, None, :]
+    total = tl.sum(of_steep - level * of_ones - along * of_inner, 0)
+    factor = inverse
+    if SKIP:
+        factor *= outer_inverse
+    total = total * factor[None, :] + before
     tl.store(place, total.to(into.dtype.element_ty), mask=mask)
-
     if SKIP:
         share = _columns(tl.program_id(1) * SHARE, 1, SHARE)
         in_share = share < WIDTH
         real_share = _real(in_range, in_share)
-        share_scale, share_bias = _scales(norm_weight, norm_bias, share, in_share)
-        share_x = _rows(x, row, share, x_row, real_share)
-        kept = _silu(share_x, share_scale, share_bias, mean, inverse)
+        share_scale, share_offset = _scales(norm_weight, norm_bias, share, in_share)
+        kept = _rows(x, row, share, x_row, real_share)
+        kept = _silu(kept, share_scale, share_offset, mean, inverse)
         kept += _rows(skip, row, share, skip_row, real_share) - _each(shift)
         share_g = _rows(of_h, row, share, of_h_row, real_share)
         share_g *= _line(skip_weight, share, in_share)
         share_g = (share_g - _each(base) - kept * _each(rise)) * _each(outer_inverse)
-        tl.store(
-            _place(of_skip, row, share, of_skip_row),
-            share_g.to(of_skip.dtype.element_ty),
-            mask=real_share,
-        )
+        found = share_g.to(of_skip.dtype.element_ty)
+        tl.store(_place(of_skip, row, share, of_skip_row), found, mask=real_share)
 
 
 def _precision(platform: str, allow_tf32: bool) -> str:
