@@ -127,7 +127,7 @@ def _joined(
     real = in_range[:, None] & (block < blocks)[None, :]
     place = moments + (row * blocks)[:, None] + block[None, :]
     means = tl.load(place, mask=real, other=0.0)
-    squares = tl.load(place + rows.to(tl.int64) * blocks, mask=real, other=0.0)
+    squares = tl.load(place + tl.full([], 1, tl.int64) * rows * blocks, mask=real, other=0.0)
     left = WIDTH - block * BLOCK_COLUMNS
     size = tl.minimum(tl.maximum(left, 0), BLOCK_COLUMNS).to(tl.float32)[None, :]
     mean = tl.sum(means * size, 1) / WIDTH
@@ -154,7 +154,8 @@ def _store_moments(
     place = moments + (row * blocks)[None, :] + block[:, None]
     mask = (block < blocks)[:, None] & in_range[None, :]
     tl.store(place, mean, mask=mask)
-    tl.store(place + rows.to(tl.int64) * blocks, tl.sum(away * away, 1), mask=mask)
+    place += tl.full([], 1, tl.int64) * rows * blocks
+    tl.store(place, tl.sum(away * away, 1), mask=mask)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ Triton kernels run where ``TRITON_INTERPRET=1`` is set or a GPU is found.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ from hypothesis import strategies as st  # noqa: E402
 
 from ml_networks.kernels import explain, record_usage  # noqa: E402
 from ml_networks.kernels import jax as jax_ops  # noqa: E402
-from ml_networks.kernels.core import device, pallas  # noqa: E402
+from ml_networks.kernels.core import ahead_of_time, device, pallas  # noqa: E402
 from ml_networks.kernels.core.errors import UnsupportedImplementationError  # noqa: E402
 from ml_networks.kernels.core.problem import Case  # noqa: E402
-from ml_networks.kernels.norm_silu_linear import reference, torch_op  # noqa: E402
+from ml_networks.kernels.norm_silu_linear import reference, spec, torch_op  # noqa: E402
 from ml_networks.kernels.torch import (  # noqa: E402
     linear_norm_silu_gradient,
     norm_silu_linear,
@@ -249,6 +250,25 @@ def test_steps_tell_each_other_what_they_know(implementation: str, skip: bool, d
         assert_near(of_skip, exact["skip"], "of_skip", 5e-5)
     told = step.moments is not None, step.statistics is not None
     assert told == (implementation == "triton",) * 2
+
+
+# The launcher compiles an integer 1 in.
+@pytest.mark.skipif(INTERPRETING, reason="TRITON_INTERPRET=1: this process cannot compile kernels")
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 64, 48), (8, 1, 16), (8, 64, 1)])
+def test_sizes_of_one_compile(sizes: tuple[int, int, int], skip: bool, told: bool) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ml_networks.kernels.norm_silu_linear import triton_kernel
+
+    hopper = device.target("sm_90")
+    for direction in spec.DIRECTIONS:
+        problem = spec.problem_of(*sizes, "bfloat16", direction, skip)
+        config = spec.heuristic(problem, hopper, ("torch", "triton")).config
+        (kernel,) = triton_kernel.compilations(problem, config, hopper)
+        constants = {**kernel.constexprs}
+        constants |= {key: told for key in ("MOMENTS", "STATISTICS") if key in constants}
+        assert ahead_of_time.compile_for(replace(kernel, constexprs=constants), hopper).clean
 
 
 @needs_triton
