@@ -176,6 +176,7 @@ def test_a_pallas_trace_serves_one_device_and_one_config(
     pull = functools.partial(
         call_and_pull, binding, dict(case.flags), implementation="pallas", backward=True
     )
+    jax.clear_caches()  # of earlier tests, which may have run the same configs
     pallas.lower(pull, inputs, target_name="sm_90")
     nothing = Timing(1.0, 1.0, 1.0)
     with pallas.interpret():
