@@ -184,8 +184,9 @@ class Thought(NamedTuple):
         The output of every linear layer, (T, B, width). These three are of the last tick only, if
         the others were not to be kept.
     statistics
-        Of each tick what :func:`~ml_networks.kernels.torch.norm_silu_linear_step` told of each
-        layer's norms; None where it did not run.
+        Of each tick, if they were to be kept, what
+        :func:`~ml_networks.kernels.torch.norm_silu_linear_step` told of each layer's norms; None
+        where it did not run.
     """
 
     inputs: Tensor
@@ -284,7 +285,9 @@ def _run(loop: Loop, keep: bool) -> Thought:
             )
         out = [product[row] for product in products]
         state = history[memory - 1 + tick]
-        statistics.append(_pass(loop, inputs[tick], out, outputs, state))
+        told = _pass(loop, inputs[tick], out, outputs, state)
+        if keep:
+            statistics.append(told)
         trace = history[tick : tick + memory].permute(1, 2, 0)
         following = inputs[tick + 1, :, loop.activations]
         if native:
@@ -319,6 +322,7 @@ def _pass(
     for number, layer in enumerate(loop.layers):
         y, skipped = out[number], _skipped(layer, outputs)
         following = loop.layers[number + 1] if number + 1 < len(loop.layers) else None
+        step = None
         if following is None:
             if not skipped or _natively(y):
                 state.copy_(_finish(layer, y, *skipped, *layer.norms))
@@ -332,14 +336,11 @@ def _pass(
             step = norm_silu_linear_step(
                 y, weight=weight, bias=bias, **norms, into=results, moments=moments
             )
-            moments = step.moments
-            told.append(step.statistics)
-            continue
         else:
             outputs[number] = x = _finish(layer, y, *skipped, *layer.norms)
             _linear(following, x.to(y.dtype), out[number + 1])
-        moments = None
-        told.append(None)
+        moments = None if step is None else step.moments
+        told.append(None if step is None else step.statistics)
     return tuple(told)
 
 
